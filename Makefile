@@ -1,0 +1,104 @@
+# The targets are listed by `make help`.
+#
+# The environment is $(VENV), made with $(PYTHON)'s venv and pip, at pinned versions.
+# `make PYTHON=/path/to/python VENV= test` uses that interpreter's own environment instead: then
+# nothing is installed but fusedrnn itself.
+
+PYTHON ?= python3
+VENV := .venv
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := build
+export CXX
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+CSRC := $(shell find csrc -type f 2>/dev/null)
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+# What the extension is compiled from; a stamp below depends on it.
+BUILD_INPUTS := setup.py pyproject.toml $(CSRC)
+
+ifneq ($(VENV),)
+PY := $(VENV)/bin/python
+ENV := $(VENV)/.stamp-dev
+BENCH_ENV := $(VENV)/.stamp-bench
+else
+PY := $(PYTHON)
+ENV := build/.stamp-given
+BENCH_ENV := $(ENV)
+endif
+
+.PHONY: help env bench-env build test demo bench lint format clean distclean FORCE
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(ENV)  ## make the environment
+bench-env: $(BENCH_ENV)  ## the same, with the peers that `make bench` compares with
+
+build: build/.stamp-installed  ## compile what has changed, install in place
+
+test: build  ## the whole test suite; ARGS="-k gru" is passed on
+	$(PY) -m pytest $(ARGS)
+
+demo: build  ## train a character model with torch.nn and with fusedrnn, side by side
+	$(PY) examples/char_lm.py $(ARGS)
+
+bench: build $(BENCH_ENV)  ## time fusedrnn against its peers; ARGS="--quick" is passed on
+	$(PY) -m bench.compare $(ARGS)
+
+lint: $(ENV)  ## ruff and clang-format, changing nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+ifneq ($(CXX_FILES),)
+	@sh scripts/tool.sh $(PY) clang-format --dry-run --Werror $(CXX_FILES)
+endif
+
+format: $(ENV)  ## let ruff and clang-format change the files
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+ifneq ($(CXX_FILES),)
+	@sh scripts/tool.sh $(PY) clang-format -i $(CXX_FILES)
+endif
+
+clean:  ## remove what was built; the environment stays
+	rm -rf build dist *.egg-info fusedrnn/_C*.so .pytest_cache .ruff_cache .benchmarks examples/out
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the environment too
+	rm -rf .venv
+
+# --- the environment --------------------------------------------------------------------------
+
+ifneq ($(VENV),)
+$(VENV)/bin/python:
+	@sh scripts/doctor.sh --venv "$(PYTHON)"
+	"$(PYTHON)" -m venv "$(VENV)"
+
+$(VENV)/.stamp-%: requirements/%.txt requirements/build.txt requirements/dev.txt | $(VENV)/bin/python
+	$(PY) -m pip install --progress-bar on -r requirements/$*.txt
+	@touch $@
+endif
+
+# A change of interpreter or of torch must rebuild: this file changes when they do, and only then.
+build/.given: FORCE
+	@mkdir -p build
+	@sh scripts/python_id.sh "$(PY)" > $@.new
+	@if cmp -s $@ $@.new; then rm $@.new; else mv $@.new $@; fi
+
+build/.stamp-given: build/.given
+	@sh scripts/doctor.sh --given "$(PYTHON)"
+	@touch $@
+
+# --- the package ------------------------------------------------------------------------------
+
+# Two steps. `build_ext --inplace` compiles only what changed and shows the compiler's words; pip's
+# editable install, needed once (and when the metadata changes), hides them and is slower.
+build/.stamp-compiled: $(BUILD_INPUTS) build/.given $(ENV)
+	@sh scripts/doctor.sh "$(PY)"
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+build/.stamp-installed: setup.py pyproject.toml build/.given | build/.stamp-compiled
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

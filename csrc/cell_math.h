@@ -1,0 +1,121 @@
+// The equations of every cell, forward and backward, once.
+//
+// V is float or double (CUDA, tests) or a vector of them (CPU). W x and W h products, biases and
+// the time loop live elsewhere; here stands only what happens to one hidden unit at one step.
+// Gate order in memory is torch.nn's: LSTM i, f, g, o; GRU r, z, n.
+#pragma once
+
+#include "activations.h"
+
+FUSEDRNN_ISA_BEGIN
+
+// ---- LSTM (Hochreiter & Schmidhuber 1997; forget gate of Gers, Schmidhuber & Cummins 2000) ----
+
+template <class V>
+struct LstmGates {
+  V i, f, g, o;
+};
+
+template <class V>
+struct LstmState {
+  LstmGates<V> gates;  // activated
+  V c, h;
+};
+
+// i = sigmoid(a.i), f = sigmoid(a.f), g = tanh(a.g), o = sigmoid(a.o)
+// c = f c_prev + i g, h = o tanh(c)
+template <class V>
+FUSEDRNN_HD LstmState<V> lstm_forward(const LstmGates<V>& a, V c_prev) {
+  LstmState<V> s;
+  s.gates = {sigmoid(a.i), sigmoid(a.f), tanh(a.g), sigmoid(a.o)};
+  s.c = s.gates.f * c_prev + s.gates.i * s.gates.g;
+  s.h = s.gates.o * tanh(s.c);
+  return s;
+}
+
+template <class V>
+struct LstmGradient {
+  LstmGates<V> dgates;  // with respect to the pre-activations
+  V dc_prev;
+  V h_tilde;  // o tanh(c), recomputed: the input of a projection
+};
+
+// dh, dc: gradients of this step's h and c (dc without h's share).
+template <class V>
+FUSEDRNN_HD LstmGradient<V> lstm_backward(const LstmGates<V>& y, V c_prev, V c, V dh, V dc) {
+  using S = ScalarOf<V>;
+  LstmGradient<V> d;
+  const V tanh_c = tanh(c);
+  const V dct = dc + dh * y.o * (S(1) - tanh_c * tanh_c);
+  d.dgates.i = dct * y.g * y.i * (S(1) - y.i);
+  d.dgates.f = dct * c_prev * y.f * (S(1) - y.f);
+  d.dgates.g = dct * y.i * (S(1) - y.g * y.g);
+  d.dgates.o = dh * tanh_c * y.o * (S(1) - y.o);
+  d.dc_prev = dct * y.f;
+  d.h_tilde = y.o * tanh_c;
+  return d;
+}
+
+// ---- GRU (Cho et al. 2014), in the form that applies the reset gate after the product, ---------
+// ---- as torch.nn and cuDNN do -------------------------------------------------------------------
+
+template <class V>
+struct GruState {
+  V r, z, n, h;
+};
+
+// a_r, a_z: whole pre-activations; x_n = W_in x + b_in; h_n = W_hn h + b_hn.
+// r = sigmoid(a_r), z = sigmoid(a_z), n = tanh(x_n + r h_n), h = (1 - z) n + z h_prev
+template <class V>
+FUSEDRNN_HD GruState<V> gru_forward(V a_r, V a_z, V x_n, V h_n, V h_prev) {
+  GruState<V> s;
+  s.r = sigmoid(a_r);
+  s.z = sigmoid(a_z);
+  s.n = tanh(x_n + s.r * h_n);
+  s.h = s.n + s.z * (h_prev - s.n);
+  return s;
+}
+
+template <class V>
+struct GruGradient {
+  V da_r, da_z, dx_n, dh_n;
+  V dh_prev;  // the share that does not pass through W_hh
+};
+
+template <class V>
+FUSEDRNN_HD GruGradient<V> gru_backward(V r, V z, V n, V h_n, V h_prev, V dh) {
+  using S = ScalarOf<V>;
+  GruGradient<V> d;
+  d.dx_n = dh * (S(1) - z) * (S(1) - n * n);
+  d.dh_n = d.dx_n * r;
+  d.da_r = d.dx_n * h_n * r * (S(1) - r);
+  d.da_z = dh * (h_prev - n) * z * (S(1) - z);
+  d.dh_prev = dh * z;
+  return d;
+}
+
+// ---- RNN (Elman 1990) ---------------------------------------------------------------------------
+
+struct Tanh {
+  template <class V>
+  static FUSEDRNN_HD V forward(V a) {
+    return tanh(a);
+  }
+  template <class V>
+  static FUSEDRNN_HD V backward(V h, V dh) {
+    return dh * (ScalarOf<V>(1) - h * h);
+  }
+};
+
+struct Relu {
+  template <class V>
+  static FUSEDRNN_HD V forward(V a) {
+    return a < V{} ? V{} : a;  // a NaN stays
+  }
+  template <class V>
+  static FUSEDRNN_HD V backward(V h, V dh) {
+    return h <= V{} ? V{} : dh;
+  }
+};
+
+FUSEDRNN_ISA_END

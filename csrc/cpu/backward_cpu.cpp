@@ -1,0 +1,276 @@
+// The backward op on the CPU: allocation, chunks of time, teams.
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "cpu/ops_cpu.h"
+
+namespace fusedrnn {
+namespace {
+
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+
+// What the forward op left behind, and the gradients that came in.
+struct BackwardInputs {
+  const LayerInputs& layer;
+  const OptionalTensor &dy, &dh_n, &dc_n;
+  const at::Tensor &y, &gates, &cells;
+};
+
+// Results in the arithmetic's type, zero-initialised where they are added to; undefined: not wanted.
+struct GradientTensors {
+  at::Tensor dx, dh0, dc0;
+  std::vector<at::Tensor> dparams;
+};
+
+template <class S>
+S* data_or_null(const at::Tensor& t) {
+  return t.defined() ? t.mutable_data_ptr<S>() : nullptr;
+}
+
+template <class S>
+class BackwardRun {
+ public:
+  BackwardRun(const Layer& layer, const ScheduleStorage& storage, const BackwardInputs& in,
+              const GradientTensors& out)
+      : layer_(layer),
+        schedule_(storage.view),
+        in_(in),
+        hidden_(layer.sizes.hidden_padded()),
+        output_(layer.sizes.output_padded()),
+        width_(saved_blocks(layer.cell) * hidden_),
+        direct_(in.gates.scalar_type() == at::CppTypeToScalarType<S>::value),
+        work_(workload_of(layer, schedule_, 3)),
+        bounds_(chunk_bounds(schedule_, work_)),
+        most_rows_(chunk_rows(schedule_, bounds_)),
+        x_(in.layer.x),
+        y_(in.y),
+        dy_(in.dy),
+        gates_(direct_ ? Values<S>(in.gates) : Values<S>()),
+        cells_(in.cells) {
+    args_.sizes = layer.sizes;
+    args_.schedule = schedule_;
+    args_.directions = layer.directions;
+    args_.dx = data_or_null<S>(out.dx);
+    for (int d = 0; d < layer.directions; ++d) describe(d, storage, out);
+    allocate();
+    fill_states();
+  }
+
+  void run() {
+    const auto kernel = current_isa().table<S>().backward[static_cast<int>(layer_.cell)];
+    const int64_t chunks = static_cast<int64_t>(bounds_.size()) - 1;
+    for (int64_t i = 0; i < chunks; ++i) {
+      for (int d = 0; d < layer_.directions; ++d) enter_chunk(d, i);
+      run_team(
+          at::get_num_threads(), layer_.directions,
+          [&](int threads) { return plan_team(work_, threads); },
+          [&](const Slot& slot) { kernel(args_, slot); });
+      for (int d = 0; d < layer_.directions; ++d) leave_chunk(args_.direction[d], next_[d]);
+    }
+  }
+
+ private:
+  void describe(int d, const ScheduleStorage& storage, const GradientTensors& out) {
+    BackwardDirection<S>& dir = args_.direction[d];
+    const Sizes& sizes = layer_.sizes;
+    const auto gradient = [&](int index) {
+      return data_or_null<S>(out.dparams[d * layer_.params_per_direction + index]);
+    };
+    weights_[d] = WeightValues<S>(layer_, in_.layer.params, d);
+    dir.reverse = d == 1;
+    dir.weights = weights_[d].view();
+    dir.x = x_.data();
+    dir.y = y_.data() + d * sizes.output;
+    dir.y_stride = dir.dy_stride = layer_.directions * sizes.output;
+    if (dy_.data() != nullptr) dir.dy = dy_.data() + d * sizes.output;
+    dir.gates_stride = direct_ ? layer_.directions * width_ : width_;
+    if (has_cell_state(layer_.cell)) dir.cells = cells_.data() + d * hidden_;
+    dir.cells_stride = layer_.directions * hidden_;
+    if (out.dh0.defined()) {
+      dir.dh0 = data_or_null<S>(out.dh0) + d * layer_.batch * sizes.output;
+    }
+    if (out.dc0.defined()) {
+      dir.dc0 = data_or_null<S>(out.dc0) + d * layer_.batch * sizes.hidden;
+    }
+    dir.dw_ih = gradient(0);
+    dir.dw_hh = gradient(1);
+    if (layer_.has_biases) {
+      dir.db_ih = gradient(2);
+      dir.db_hh = gradient(3);
+    }
+    if (sizes.projected) dir.dw_hr = gradient(layer_.has_biases ? 4 : 2);
+    dir.reset = storage.reset_of(d);
+  }
+
+  void allocate() {
+    const Sizes& sizes = layer_.sizes;
+    const int64_t gates = gate_blocks(layer_.cell) * hidden_;
+    const int threads = plan_team(work_, at::get_num_threads()).threads();
+    scratch_.want(&zeros_, 4 * hidden_);
+    scratch_.want(&args_.panels[0], most_rows_ * whole_panels(sizes.input));
+    scratch_.want(&args_.panels[1],
+                  most_rows_ * whole_panels(std::max(sizes.output, sizes.hidden)));
+    args_.columns_stride = most_rows_ * kGradientRows;
+    scratch_.want(&args_.columns, threads * args_.columns_stride);
+    for (int d = 0; d < layer_.directions; ++d) {
+      BackwardDirection<S>& dir = args_.direction[d];
+      if (args_.dx != nullptr) scratch_.want(&dir.packed.input, gates * whole_panels(sizes.input));
+      scratch_.want(&dir.packed.recurrent, gates * whole_panels(sizes.output));
+      scratch_.want(&dir.dgates, most_rows_ * width_);
+      scratch_.want(&next_[d], layer_.batch * width_);
+      scratch_.want(&dir.carry, layer_.batch * hidden_);
+      scratch_.want(&h0_[d], layer_.batch * output_);
+      if (has_cell_state(layer_.cell)) scratch_.want(&c0_[d], layer_.batch * hidden_);
+      if (in_.dh_n) scratch_.want(&dh_n_[d], layer_.batch * output_);
+      if (!direct_) scratch_.want(&widened_[d], most_rows_ * width_);
+      if (sizes.projected) {
+        scratch_.want(&dir.packed.projection, sizes.output * whole_panels(hidden_));
+        scratch_.want(&dir.dh, most_rows_ * output_);
+        scratch_.want(&dir.h_tilde, most_rows_ * hidden_);
+      }
+    }
+    scratch_.allocate();
+    std::fill(zeros_, zeros_ + 4 * hidden_, S(0));
+    args_.zeros = zeros_;
+    // Its tails are read, though never used: they should not hold NaN or denormals.
+    std::fill(args_.columns, args_.columns + threads * args_.columns_stride, S(0));
+  }
+
+  void fill_states() {
+    const Values<S> h0(in_.layer.h0), c0(in_.layer.c0), dh_n(in_.dh_n), dc_n(in_.dc_n);
+    const int64_t outputs = layer_.batch * layer_.sizes.output;
+    const int64_t units = layer_.batch * layer_.sizes.hidden;
+    const auto part = [](const Values<S>& v, int64_t at) {
+      return v.data() == nullptr ? nullptr : v.data() + at;
+    };
+    for (int d = 0; d < layer_.directions; ++d) {
+      BackwardDirection<S>& dir = args_.direction[d];
+      fill_state(h0_[d], part(h0, d * outputs), layer_.sizes.output, schedule_);
+      dir.h0 = h0_[d];
+      fill_state(dir.carry, part(dc_n, d * units), layer_.sizes.hidden, schedule_);
+      if (c0_[d] != nullptr) {
+        fill_state(c0_[d], part(c0, d * units), layer_.sizes.hidden, schedule_);
+        dir.c0 = c0_[d];
+      }
+      if (dh_n_[d] != nullptr) {
+        fill_state(dh_n_[d], part(dh_n, d * outputs), layer_.sizes.output, schedule_);
+        dir.dh_n = dh_n_[d];
+      }
+    }
+  }
+
+  void enter_chunk(int d, int64_t index) {
+    BackwardDirection<S>& dir = args_.direction[d];
+    dir.chunk = chunk_of(bounds_, index, dir.reverse, true);
+    dir.dgates_next = next_[d];
+    const int64_t first = schedule_.row0[dir.chunk.begin];
+    if (layer_.cell == Cell::kRnnTanh || layer_.cell == Cell::kRnnRelu) return;
+    if (direct_) {
+      dir.gates = gates_.data() + (first * layer_.directions + d) * width_;
+      return;
+    }
+    const int64_t rows = schedule_.row0[dir.chunk.end] - first;
+    at::from_blob(widened_[d], {rows, width_}, at::CppTypeToScalarType<S>::value)
+        .copy_(in_.gates.narrow(0, first, rows).select(1, d));
+    dir.gates = widened_[d];
+  }
+
+  // Keeps the gradients that the next chunk's first step still needs.
+  void leave_chunk(const BackwardDirection<S>& dir, S* next) const {
+    const int64_t t = dir.reverse ? dir.chunk.end - 1 : dir.chunk.begin;
+    const S* from =
+        dir.dgates + (schedule_.row0[t] - schedule_.row0[dir.chunk.begin]) * width_;
+    std::copy(from, from + schedule_.rows[t] * width_, next);
+  }
+
+  const Layer& layer_;
+  const Schedule& schedule_;
+  const BackwardInputs& in_;
+  const int64_t hidden_, output_;  // padded
+  const int64_t width_;            // of a row of gates
+  const bool direct_;              // gates are kept in the arithmetic's type
+  const Workload work_;
+  const std::vector<int64_t> bounds_;
+  const int64_t most_rows_;
+  const Values<S> x_, y_, dy_, gates_, cells_;
+  WeightValues<S> weights_[2];
+  BackwardArgs<S> args_{};
+  Scratch<S> scratch_;
+  S* zeros_ = nullptr;
+  S *next_[2] = {}, *h0_[2] = {}, *c0_[2] = {}, *dh_n_[2] = {}, *widened_[2] = {};
+};
+
+void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask) {
+  const auto shaped = [&](const char* name, const OptionalTensor& t, at::IntArrayRef shape) {
+    if (!t) return;
+    TORCH_CHECK_VALUE(t->sizes() == shape, name, ": expected shape ", shape, ", got ", t->sizes());
+    TORCH_CHECK_TYPE(t->scalar_type() == layer.dtype, name, ": expected dtype ", layer.dtype,
+                     ", got ", t->scalar_type());
+  };
+  const int64_t d = layer.directions;
+  const int64_t units = layer.sizes.hidden_padded();
+  shaped("dy", in.dy, layer.y_shape());
+  shaped("y", in.y, layer.y_shape());
+  shaped("dh_n", in.dh_n, {d, layer.batch, layer.sizes.output});
+  if (has_cell_state(layer.cell)) {
+    shaped("dc_n", in.dc_n, {d, layer.batch, layer.sizes.hidden});
+    TORCH_CHECK_VALUE(in.cells.sizes() == at::IntArrayRef({layer.rows, d, units}),
+                      "cells: expected shape [", layer.rows, ", ", d, ", ", units, "], got ",
+                      in.cells.sizes(), " (was forward called with save=True?)");
+  }
+  if (saved_blocks(layer.cell) > 1) {
+    TORCH_CHECK_VALUE(in.gates.sizes() == at::IntArrayRef({layer.rows, d, 4 * units}),
+                      "gates: expected shape [", layer.rows, ", ", d, ", ", 4 * units, "], got ",
+                      in.gates.sizes(), " (was forward called with save=True?)");
+  }
+  TORCH_CHECK_VALUE(mask.size() == in.layer.params.size() + 3, "output_mask: expected ",
+                    in.layer.params.size() + 3, " values, got ", mask.size());
+}
+
+Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
+                         const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                         const at::Tensor& x, const OptionalTensor& lengths,
+                         const OptionalTensor& batch_sizes, const OptionalTensor& reset,
+                         const OptionalTensor& h0, const OptionalTensor& c0,
+                         at::TensorList params, const at::Tensor& y, const at::Tensor& gates,
+                         const at::Tensor& cells, bool has_biases, bool bidirectional,
+                         c10::List<bool> output_mask) {
+  const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
+  const Layer layer(mode, in, has_biases, bidirectional);
+  const ScheduleStorage storage(layer, in);
+  const BackwardInputs saved{in, dy, dh_n, dc_n, y, gates, cells};
+  check_backward(layer, saved, output_mask);
+
+  const auto exact = x.options().dtype(layer.accumulate);
+  const int64_t directions = layer.directions;
+  GradientTensors out;
+  if (output_mask[0]) out.dx = at::zeros(x.sizes(), exact);
+  // Rows without a step hand their gradient straight through.
+  const auto through = [&](const OptionalTensor& from, int64_t units) {
+    const std::vector<int64_t> shape = {directions, layer.batch, units};
+    if (!storage.has_empty_rows) return at::empty(shape, exact);
+    return from ? at::empty(shape, exact).copy_(*from) : at::zeros(shape, exact);
+  };
+  if (output_mask[1]) out.dh0 = through(dh_n, layer.sizes.output);
+  if (output_mask[2] && has_cell_state(layer.cell)) out.dc0 = through(dc_n, layer.sizes.hidden);
+  out.dparams.resize(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (output_mask[3 + i]) out.dparams[i] = at::zeros(params[i].sizes(), exact);
+  }
+  with_scalar(layer, [&]<class S>() { BackwardRun<S>(layer, storage, saved, out).run(); });
+
+  const auto result = [&](const at::Tensor& t) {
+    return t.defined() ? t.to(layer.dtype) : at::empty({0}, x.options());
+  };
+  std::vector<at::Tensor> dparams;
+  for (const at::Tensor& t : out.dparams) dparams.push_back(result(t));
+  return {result(out.dx), result(out.dh0), result(out.dc0), std::move(dparams)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) { m.impl("layer_backward", layer_backward); }
+
+}  // namespace fusedrnn

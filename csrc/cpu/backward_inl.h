@@ -1,0 +1,280 @@
+// One chunk of backpropagation through time: the steps in the opposite order, each giving the
+// gradients of its gates, from which gradients_inl.h makes those of the weights and inputs.
+#pragma once
+
+#include "cell_math.h"
+#include "cpu/pack_inl.h"
+#include "cpu/walk.h"
+
+FUSEDRNN_ISA_BEGIN
+
+// Columns of dgates, in blocks of Hp: those that W_hh h went into come first, see recurrence.h.
+template <Cell kCell>
+struct GradientBlocks {
+  static constexpr int count = saved_blocks(kCell);
+  static constexpr int gates = gate_blocks(kCell);
+  static constexpr int input_begin = count - gates;  // the input side is the last `gates` blocks
+  // The gate that block q belongs to on either side, or -1: none.
+  static constexpr int hidden_gate(int q) {
+    if (kCell == Cell::kGru) return q == 0 ? 2 : q == 3 ? -1 : q - 1;
+    return q;
+  }
+  static constexpr int input_gate(int q) { return q < input_begin ? -1 : q - input_begin; }
+};
+
+template <Cell kCell, class S>
+class BackwardChunk {
+ public:
+  BackwardChunk(const BackwardArgs<S>& args, const BackwardDirection<S>& direction,
+                const Slot& slot)
+      : sizes_(args.sizes),
+        schedule_(args.schedule),
+        d_(direction),
+        slot_(slot),
+        zeros_(args.zeros),
+        hidden_(sizes_.hidden_padded()),
+        output_(sizes_.output_padded()),
+        own_output_panels_(
+            share(panel_count<S>(output_, kStepVectors), slot.part, slot.parts)),
+        own_hidden_panels_(
+            share(panel_count<S>(hidden_, kStepVectors), slot.part, slot.parts)),
+        own_rows_(own_rows(schedule_, slot)),
+        first_row_(schedule_.row0[d_.chunk.begin]) {}
+
+  // W_hh by output column, W_hr by hidden unit: this thread's panels, or its group's share of them.
+  void pack() const {
+    const Weights<S>& w = d_.weights;
+    const int64_t k = kRecurrentBlocks * hidden_;
+    const Range rows = share(k, slot_.group, slot_.groups);
+    pack_by_column<kStepVectors>(d_.packed.recurrent, sizes_.output, k, rows, own_output_panels_,
+                                 [&](int64_t i) -> const S* {
+                                   const int64_t unit = i % hidden_;
+                                   const int gate = Blocks::hidden_gate(i / hidden_);
+                                   if (unit >= sizes_.hidden) return nullptr;
+                                   return w.w_hh + (gate * sizes_.hidden + unit) * sizes_.output;
+                                 });
+    if (sizes_.projected) {
+      pack_by_column<kStepVectors>(d_.packed.projection, sizes_.hidden, sizes_.output,
+                                   share(sizes_.output, slot_.group, slot_.groups),
+                                   own_hidden_panels_,
+                                   [&](int64_t i) { return w.w_hr + i * sizes_.hidden; });
+    }
+  }
+
+  void walk() const {
+    const Chunk& chunk = d_.chunk;
+    for (int64_t i = 0; i < chunk.end - chunk.begin; ++i) {
+      step(d_.reverse ? chunk.begin + i : chunk.end - 1 - i);
+    }
+    if (chunk.last) {
+      const int64_t t = d_.reverse ? chunk.end - 1 : chunk.begin;
+      finish(t, {own_rows_.begin, std::min(own_rows_.end, schedule_.rows[t])});
+    }
+  }
+
+ private:
+  using Blocks = GradientBlocks<kCell>;
+  static constexpr int kRecurrentBlocks = Blocks::gates;
+  static constexpr int kWidth = kStepVectors * kLanes<S>;
+
+  S* dgates(int64_t packed_row) const {
+    return d_.dgates + (packed_row - first_row_) * (Blocks::count * hidden_);
+  }
+
+  // dgates of step u, which was walked just before, in this chunk or at the end of the last one.
+  const S* dgates_of(int64_t u, int64_t b) const {
+    if (u >= d_.chunk.begin && u < d_.chunk.end) return dgates(schedule_.row0[u] + b);
+    return d_.dgates_next + b * (Blocks::count * hidden_);
+  }
+
+  void step(int64_t t) const {
+    const int64_t u = d_.reverse ? t - 1 : t + 1;
+    const int64_t rows = schedule_.rows[t], rows_before = rows_at(schedule_, u);
+    const Range mine = {own_rows_.begin, std::min(own_rows_.end, rows)};
+    const Range going_on = {mine.begin, std::min(mine.end, rows_before)};
+    const Range starting = {std::max(mine.begin, rows_before), mine.end};
+    if (sizes_.projected) {
+      // dh passes through W_hr before it meets the cell.
+      output_gradient(t, u, going_on, starting);
+      slot_.wait_parts();
+      cell_gradient_of_projection(t, u, mine);
+    } else {
+      dh_product(u, going_on, [&](const auto& tile, int64_t b, int64_t panel)
+                                  __attribute__((always_inline)) { apply(tile, t, u, b, panel, false); });
+      no_product(starting, [&](const auto& tile, int64_t b, int64_t panel)
+                               __attribute__((always_inline)) { apply(tile, t, u, b, panel, true); });
+    }
+    finish(u, {std::max(own_rows_.begin, rows), std::min(own_rows_.end, rows_before)});
+    slot_.wait_parts();
+  }
+
+  // Tiles of the dgates of step u times W_hh; zero where the state that entered u had been reset.
+  template <class Epilogue>
+  void dh_product(int64_t u, Range rows, Epilogue epilogue) const {
+    const int64_t k = kRecurrentBlocks * hidden_;
+    const auto row_at = [&](int64_t b) {
+      return is_reset(d_.reset, schedule_, u, b) ? zeros_ : dgates_of(u, b);
+    };
+    product<S, kStepVectors>(rows.begin, rows.end, own_output_panels_.begin,
+                             own_output_panels_.end, row_at, 1, d_.packed.recurrent, k * kWidth, k,
+                             epilogue);
+  }
+
+  // The same for rows whose last step this is: nothing comes from later steps.
+  template <class Epilogue>
+  void no_product(Range rows, Epilogue epilogue) const {
+    const auto row_at = [&](int64_t) { return zeros_; };
+    product<S, kStepVectors>(rows.begin, rows.end, own_output_panels_.begin,
+                             own_output_panels_.end, row_at, 1, d_.packed.recurrent, 0, 0,
+                             epilogue);
+  }
+
+  FUSEDRNN_HD Vec<S> outer_gradient(int64_t t, int64_t b, int64_t unit, bool starting) const {
+    Vec<S> dh{};
+    if (d_.dy != nullptr) {
+      const int64_t row = io_row(schedule_, schedule_.row0[t] + b);
+      dh = load(d_.dy + row * d_.dy_stride + unit, sizes_.output - unit);
+    }
+    if (starting && d_.dh_n != nullptr) dh += load(d_.dh_n + b * output_ + unit);
+    return dh;
+  }
+
+  template <int R, int NV>
+  FUSEDRNN_HD void apply(const Tile<S, R, NV>& tile, int64_t t, int64_t u, int64_t b0,
+                         int64_t panel, bool starting) const {
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < NV; ++v) {
+        const int64_t unit = panel * kWidth + v * kLanes<S>;
+        if (unit >= hidden_) break;
+        const Vec<S> dh = tile.sum[r][v] + outer_gradient(t, b0 + r, unit, starting);
+        cell_gradient(t, u, b0 + r, unit, dh);
+      }
+    }
+  }
+
+  FUSEDRNN_HD void cell_gradient(int64_t t, int64_t u, int64_t b, int64_t unit, Vec<S> dh) const {
+    const int64_t row = schedule_.row0[t] + b;
+    S* d = dgates(row) + unit;
+    const auto put = [&](int block, Vec<S> value) __attribute__((always_inline)) {
+      store(d + block * hidden_, value);
+    };
+    if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
+      using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
+      const S* h = d_.y + io_row(schedule_, row) * d_.y_stride;
+      put(0, Activation::backward(load(h + unit, sizes_.hidden - unit), dh));
+    } else {
+      const S* g = d_.gates + (row - first_row_) * d_.gates_stride + unit;
+      const Vec<S> g0 = load(g), g1 = load(g + hidden_), g2 = load(g + 2 * hidden_),
+                   g3 = load(g + 3 * hidden_);
+      const bool cut_after = b < rows_at(schedule_, u) && is_reset(d_.reset, schedule_, u, b);
+      const int64_t before = previous_row(schedule_, d_.reverse, t, b);
+      const bool cut_before = is_reset(d_.reset, schedule_, t, b);
+      S* carry = d_.carry + b * hidden_ + unit;
+      const Vec<S> carried = cut_after ? Vec<S>{} : load(carry);
+      if constexpr (kCell == Cell::kLstm) {
+        const S* c_prev = cut_before    ? zeros_
+                          : before >= 0 ? d_.cells + before * d_.cells_stride
+                                        : d_.c0 + b * hidden_;
+        const LstmGradient<Vec<S>> s =
+            lstm_backward(LstmGates<Vec<S>>{g0, g1, g2, g3}, load(c_prev + unit),
+                          load(d_.cells + row * d_.cells_stride + unit), dh, carried);
+        put(0, s.dgates.i);
+        put(1, s.dgates.f);
+        put(2, s.dgates.g);
+        put(3, s.dgates.o);
+        store(carry, s.dc_prev);
+        if (d_.h_tilde != nullptr) {
+          store(d_.h_tilde + (row - first_row_) * hidden_ + unit, s.h_tilde);
+        }
+      } else {
+        const S* h_prev = cut_before    ? zeros_
+                          : before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride
+                                        : d_.h0 + b * output_;
+        const GruGradient<Vec<S>> s =
+            gru_backward(g0, g1, g2, g3, load(h_prev + unit, sizes_.hidden - unit), dh + carried);
+        put(0, s.dh_n);
+        put(1, s.da_r);
+        put(2, s.da_z);
+        put(3, s.dx_n);
+        store(carry, s.dh_prev);
+      }
+    }
+  }
+
+  void output_gradient(int64_t t, int64_t u, Range going_on, Range starting) const {
+    const auto put = [&](bool is_starting) {
+      return [=, this]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel) {
+        for (int r = 0; r < R; ++r) {
+          for (int v = 0; v < NV; ++v) {
+            const int64_t unit = panel * kWidth + v * kLanes<S>;
+            if (unit >= output_) break;
+            const int64_t row = schedule_.row0[t] + b0 + r - first_row_;
+            store(d_.dh + row * output_ + unit,
+                  tile.sum[r][v] + outer_gradient(t, b0 + r, unit, is_starting));
+          }
+        }
+      };
+    };
+    dh_product(u, going_on, put(false));
+    no_product(starting, put(true));
+  }
+
+  void cell_gradient_of_projection(int64_t t, int64_t u, Range rows) const {
+    const int64_t row0 = schedule_.row0[t] - first_row_;
+    const auto row_at = [&](int64_t b) { return d_.dh + (row0 + b) * output_; };
+    const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
+                              __attribute__((always_inline)) {
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < NV; ++v) {
+          const int64_t unit = panel * kWidth + v * kLanes<S>;
+          if (unit < hidden_) cell_gradient(t, u, b0 + r, unit, tile.sum[r][v]);
+        }
+      }
+    };
+    product<S, kStepVectors>(rows.begin, rows.end, own_hidden_panels_.begin,
+                             own_hidden_panels_.end, row_at, 1, d_.packed.projection,
+                             sizes_.output * kWidth, sizes_.output, epilogue);
+  }
+
+  // The gradient of the initial state of rows whose first step, in forward order, was u.
+  void finish(int64_t u, Range rows) const {
+    if (rows.size() <= 0) return;
+    const auto is_cut = [&](int64_t b) { return is_reset(d_.reset, schedule_, u, b); };
+    if (d_.dh0 != nullptr) {
+      const auto put = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel) {
+        for (int r = 0; r < R; ++r) {
+          for (int v = 0; v < NV; ++v) {
+            const int64_t unit = panel * kWidth + v * kLanes<S>;
+            if (unit >= sizes_.output) break;
+            const int64_t b = b0 + r;
+            Vec<S> dh = tile.sum[r][v];
+            if (kCell == Cell::kGru && !is_cut(b)) dh += load(d_.carry + b * hidden_ + unit);
+            store(d_.dh0 + caller_row(schedule_, b) * sizes_.output + unit, dh,
+                  sizes_.output - unit);
+          }
+        }
+      };
+      dh_product(u, rows, put);
+    }
+    if (d_.dc0 != nullptr) {
+      const int64_t begin = own_hidden_panels_.begin * kWidth;
+      const int64_t end = std::min(own_hidden_panels_.end * kWidth, sizes_.hidden);
+      for (int64_t b = rows.begin; b < rows.end; ++b) {
+        S* to = d_.dc0 + caller_row(schedule_, b) * sizes_.hidden;
+        for (int64_t i = begin; i < end; ++i) to[i] = is_cut(b) ? S(0) : d_.carry[b * hidden_ + i];
+      }
+    }
+  }
+
+  const Sizes& sizes_;
+  const Schedule& schedule_;
+  const BackwardDirection<S>& d_;
+  const Slot& slot_;
+  const S* const zeros_;
+  const int64_t hidden_, output_;  // padded
+  const Range own_output_panels_, own_hidden_panels_;
+  const Range own_rows_;
+  const int64_t first_row_;  // packed, of the chunk
+};
+
+FUSEDRNN_ISA_END

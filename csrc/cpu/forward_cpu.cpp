@@ -1,0 +1,187 @@
+// The forward op on the CPU: allocation, chunks of time, teams.
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "cpu/ops_cpu.h"
+
+namespace fusedrnn {
+namespace {
+
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+template <class S>
+void run_forward(const Layer& layer, const ScheduleStorage& storage, const LayerInputs& in,
+                 at::Tensor& y, at::Tensor& h_n, at::Tensor& c_n, at::Tensor& gates,
+                 at::Tensor& cells) {
+  const Sizes& sizes = layer.sizes;
+  const Schedule& schedule = storage.view;
+  const bool save = gates.numel() > 0;
+  const bool direct = gates.scalar_type() == at::CppTypeToScalarType<S>::value;
+  const int64_t hidden = sizes.hidden_padded(), output = sizes.output_padded();
+  const int64_t gates_width = saved_blocks(layer.cell) * hidden;
+  const int64_t input_gates = gate_blocks(layer.cell) * whole_panels(hidden);
+  const Workload work = workload_of(layer, schedule, 1);
+  const std::vector<int64_t> bounds = chunk_bounds(schedule, work);
+  const int64_t most_rows = chunk_rows(schedule, bounds);
+
+  const Values<S> x(in.x), h0(in.h0), c0(in.c0);
+  WeightValues<S> weights[2];
+  ForwardArgs<S> args{};
+  args.sizes = sizes;
+  args.schedule = schedule;
+  args.directions = layer.directions;
+  args.save = save;
+
+  Scratch<S> scratch;
+  S* zeros = nullptr;
+  scratch.want(&zeros, 4 * hidden);
+  for (int d = 0; d < layer.directions; ++d) {
+    ForwardDirection<S>& dir = args.direction[d];
+    weights[d] = WeightValues<S>(layer, in.params, d);
+    dir.reverse = d == 1;
+    dir.weights = weights[d].view();
+    dir.x = x.data();
+    dir.y = y.mutable_data_ptr<S>() + d * sizes.output;
+    dir.y_stride = layer.directions * sizes.output;
+    dir.h_n = h_n.mutable_data_ptr<S>() + d * layer.batch * sizes.output;
+    dir.reset = storage.reset_of(d);
+    dir.gates_stride = save && direct ? layer.directions * gates_width : gates_width;
+    dir.cells_stride = layer.directions * hidden;
+    if (save && has_cell_state(layer.cell)) dir.cells = cells.mutable_data_ptr<S>() + d * hidden;
+    scratch.want(&dir.packed.input, input_gates * sizes.input);
+    scratch.want(&dir.packed.recurrent, input_gates * sizes.output);
+    scratch.want(&dir.packed.bias, input_gates);
+    scratch.want(&dir.packed.bias_hn, hidden);
+    scratch.want(&dir.h[0], layer.batch * output);
+    scratch.want(&dir.h[1], layer.batch * output);
+    if (has_cell_state(layer.cell)) scratch.want(&dir.c, layer.batch * hidden);
+    if (sizes.projected) {
+      scratch.want(&dir.packed.projection, whole_panels(output) * sizes.hidden);
+      scratch.want(&dir.h_tilde, layer.batch * hidden);
+    }
+    if (!(save && direct)) scratch.want(&dir.gates, most_rows * gates_width);
+  }
+  scratch.allocate();
+  std::fill(zeros, zeros + 4 * hidden, S(0));
+  args.zeros = zeros;
+  for (int d = 0; d < layer.directions; ++d) {
+    ForwardDirection<S>& dir = args.direction[d];
+    const int64_t h_size = layer.batch * sizes.output, c_size = layer.batch * sizes.hidden;
+    for (S* h : dir.h) {
+      fill_state(h, h0.data() ? h0.data() + d * h_size : nullptr, sizes.output, schedule);
+    }
+    if (dir.c != nullptr) {
+      fill_state(dir.c, c0.data() ? c0.data() + d * c_size : nullptr, sizes.hidden, schedule);
+    }
+  }
+
+  const KernelTable<S>& table = current_isa().table<S>();
+  const auto kernel = table.forward[static_cast<int>(layer.cell)];
+  const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1;
+  for (int64_t i = 0; i < chunks; ++i) {
+    for (int d = 0; d < layer.directions; ++d) {
+      ForwardDirection<S>& dir = args.direction[d];
+      dir.chunk = chunk_of(bounds, i, dir.reverse, false);
+      if (save && direct) {
+        dir.gates = gates.mutable_data_ptr<S>() +
+                    (schedule.row0[dir.chunk.begin] * layer.directions + d) * gates_width;
+      }
+    }
+    run_team(
+        at::get_num_threads(), layer.directions,
+        [&](int threads) { return plan_team(work, threads); },
+        [&](const Slot& slot) { kernel(args, slot); });
+    for (int d = 0; d < layer.directions; ++d) {
+      ForwardDirection<S>& dir = args.direction[d];
+      dir.turn ^= (dir.chunk.end - dir.chunk.begin) & 1;
+      if (save && !direct) {
+        const int64_t first = schedule.row0[dir.chunk.begin];
+        const int64_t rows = schedule.row0[dir.chunk.end] - first;
+        gates.narrow(0, first, rows).select(1, d).copy_(
+            at::from_blob(dir.gates, {rows, gates_width}, h_n.options()));
+      }
+    }
+  }
+
+  if (has_cell_state(layer.cell)) {
+    S* to = c_n.mutable_data_ptr<S>();
+    for (int d = 0; d < layer.directions; ++d) {
+      for (int64_t b = 0; b < layer.batch; ++b) {
+        const S* from = args.direction[d].c + b * hidden;
+        const int64_t row = schedule.order == nullptr ? b : schedule.order[b];
+        std::copy(from, from + sizes.hidden, to + (d * layer.batch + row) * sizes.hidden);
+      }
+    }
+  }
+}
+
+Outputs layer_forward(const std::string& mode, const at::Tensor& x, const OptionalTensor& lengths,
+                      const OptionalTensor& batch_sizes, const OptionalTensor& reset,
+                      const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
+                      bool has_biases, bool bidirectional, bool save) {
+  const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
+  const Layer layer(mode, in, has_biases, bidirectional);
+  const ScheduleStorage storage(layer, in);
+  const Sizes& sizes = layer.sizes;
+  const bool lstm = has_cell_state(layer.cell);
+  const auto exact = x.options().dtype(layer.accumulate);
+  const int64_t directions = layer.directions;
+  // Half precision is widened on the way in and rounded on the way out.
+  at::Tensor y = storage.padded ? at::zeros(layer.y_shape(), exact)
+                                : at::empty(layer.y_shape(), exact);
+  at::Tensor h_n = at::empty({directions, layer.batch, sizes.output}, exact);
+  if (storage.has_empty_rows) {
+    if (h0) {
+      h_n.copy_(*h0);
+    } else {
+      h_n.zero_();
+    }
+  }
+  at::Tensor c_n = at::empty({0}, exact);
+  if (lstm) c_n = at::empty({directions, layer.batch, sizes.hidden}, exact);
+  at::Tensor gates = at::empty({0}, x.options());
+  at::Tensor cells = at::empty({0}, exact);
+  if (save && (lstm || layer.cell == Cell::kGru)) {
+    gates = at::empty({layer.rows, directions, 4 * sizes.hidden_padded()}, x.options());
+    if (lstm) cells = at::empty({layer.rows, directions, sizes.hidden_padded()}, exact);
+  }
+  with_scalar(layer, [&]<class S>() {
+    run_forward<S>(layer, storage, in, y, h_n, c_n, gates, cells);
+  });
+  return {y.to(layer.dtype), h_n.to(layer.dtype), c_n.to(layer.dtype), gates, cells};
+}
+
+at::Tensor activation(const std::string& name, const std::string& isa_name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(name == "sigmoid" || name == "tanh",
+                    "name: expected 'sigmoid' or 'tanh', got '", name, "'");
+  const Isa* isa = nullptr;
+  for (const Isa* candidate : usable_isas()) {
+    if (isa_name == candidate->name) isa = candidate;
+  }
+  TORCH_CHECK_VALUE(isa != nullptr, "isa: '", isa_name, "' is not usable here");
+  const at::Tensor from = x.contiguous();
+  at::Tensor to = at::empty_like(from);
+  const auto run = [&]<class S>() {
+    const KernelTable<S>& table = isa->table<S>();
+    (name == "tanh" ? table.tanh : table.sigmoid)(from.const_data_ptr<S>(),
+                                                  to.mutable_data_ptr<S>(), from.numel());
+  };
+  if (x.scalar_type() == at::kDouble) {
+    run.operator()<double>();
+  } else {
+    TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected float32 or float64, got ",
+                     x.scalar_type());
+    run.operator()<float>();
+  }
+  return to;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
+  m.impl("layer_forward", layer_forward);
+  m.impl("activation", activation);
+}
+
+}  // namespace fusedrnn

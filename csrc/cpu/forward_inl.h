@@ -1,0 +1,270 @@
+// One chunk of a layer, forward: the projection of the inputs, then the time loop.
+#pragma once
+
+#include "cell_math.h"
+#include "cpu/pack_inl.h"
+#include "cpu/walk.h"
+
+FUSEDRNN_ISA_BEGIN
+
+// Adds the pre-activations' two halves, applies the cell, stores what the step leaves behind. `at`
+// is an offset into a padded row of hidden units.
+template <Cell kCell, class S>
+struct CellForward {
+  static constexpr int gates = gate_blocks(kCell);
+  int64_t stride;     // from gate to gate
+  bool save;
+  const S* bias_hn;   // GRU
+  struct Row {
+    S* gates;         // in: W_ih x + biases; out: what is saved
+    S* cells;         // or null
+    const S* state;   // LSTM: c_prev; GRU: h_prev
+    S* c;             // LSTM
+  };
+
+  FUSEDRNN_HD Vec<S> operator()(const Vec<S>* sum, const Row& row, int64_t at) const {
+    S* g = row.gates + at;
+    if constexpr (kCell == Cell::kLstm) {
+      const LstmGates<Vec<S>> a = {sum[0] + load(g), sum[1] + load(g + stride),
+                                   sum[2] + load(g + 2 * stride), sum[3] + load(g + 3 * stride)};
+      const LstmState<Vec<S>> s = lstm_forward(a, load(row.state + at));
+      store(row.c + at, s.c);
+      if (save) {
+        store_blocks(g, s.gates.i, s.gates.f, s.gates.g, s.gates.o);
+        store(row.cells + at, s.c);
+      }
+      return s.h;
+    } else if constexpr (kCell == Cell::kGru) {
+      const Vec<S> h_n = sum[2] + load(bias_hn + at);
+      const GruState<Vec<S>> s = gru_forward(sum[0] + load(g), sum[1] + load(g + stride),
+                                             load(g + 2 * stride), h_n, load(row.state + at));
+      if (save) store_blocks(g, s.r, s.z, s.n, h_n);
+      return s.h;
+    } else {
+      using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
+      return Activation::forward(sum[0] + load(g));
+    }
+  }
+
+  FUSEDRNN_HD void store_blocks(S* g, Vec<S> v0, Vec<S> v1, Vec<S> v2, Vec<S> v3) const {
+    store(g, v0);
+    store(g + stride, v1);
+    store(g + 2 * stride, v2);
+    store(g + 3 * stride, v3);
+  }
+};
+
+template <Cell kCell, class S>
+class ForwardChunk {
+ public:
+  ForwardChunk(const ForwardArgs<S>& args, const ForwardDirection<S>& direction, const Slot& slot)
+      : sizes_(args.sizes),
+        schedule_(args.schedule),
+        d_(direction),
+        slot_(slot),
+        save_(args.save),
+        zeros_(args.zeros),
+        hidden_(sizes_.hidden_padded()),
+        output_(sizes_.output_padded()),
+        panels_(panel_count<S>(hidden_, Panel::blocks)),
+        output_panels_(panel_count<S>(output_, OutputPanel::blocks)),
+        own_panels_(share(panels_, slot.part, slot.parts)),
+        own_output_panels_(sizes_.projected ? share(output_panels_, slot.part, slot.parts)
+                                            : own_panels_),
+        own_rows_(own_rows(schedule_, slot)),
+        first_row_(schedule_.row0[d_.chunk.begin]) {}
+
+  // Each thread packs the panels that it will read, or its group's share of them.
+  void pack() const {
+    const auto mine = [&](Range panels) {
+      const Range r = share(panels.size(), slot_.group, slot_.groups);
+      return Range{panels.begin + r.begin, panels.begin + r.end};
+    };
+    const Weights<S>& w = d_.weights;
+    pack_by_unit<kGates>(d_.packed.input, w.w_ih, sizes_.hidden, sizes_.input, mine(own_panels_));
+    pack_by_unit<kGates>(d_.packed.recurrent, w.w_hh, sizes_.hidden, sizes_.output,
+                         mine(own_panels_));
+    if (sizes_.projected) {
+      pack_by_unit<1>(d_.packed.projection, w.w_hr, sizes_.output, sizes_.hidden,
+                      mine(own_output_panels_));
+    }
+    pack_bias(mine(own_panels_));
+  }
+
+  void project() const {
+    const int64_t rows = schedule_.row0[d_.chunk.end] - first_row_;
+    const Range mine = share(rows, slot_.group, slot_.groups);
+    const auto row_at = [&](int64_t row) {
+      return d_.x + io_row(schedule_, first_row_ + row) * sizes_.input;
+    };
+    const auto epilogue = [&]<class T>(const T& tile, int64_t row, int64_t panel)
+                              __attribute__((always_inline)) {
+      each(tile, panel, hidden_, [&](int r, int v, int64_t unit) __attribute__((always_inline)) {
+        const int64_t at = (v % kGates) * hidden_ + unit;
+        store(d_.gates + (row + r) * d_.gates_stride + at,
+              tile.sum[r][v] + load(d_.packed.bias + at));
+      });
+    };
+    product<S, Panel::vectors>(mine.begin, mine.end, own_panels_.begin, own_panels_.end, row_at, 1,
+                               d_.packed.input, panel_size<Panel>(sizes_.input), sizes_.input,
+                               epilogue);
+  }
+
+  void walk() {
+    turn_ = d_.turn;
+    const Chunk& chunk = d_.chunk;
+    for (int64_t i = 0; i < chunk.end - chunk.begin; ++i) {
+      step(d_.reverse ? chunk.end - 1 - i : chunk.begin + i);
+      turn_ ^= 1;
+    }
+  }
+
+ private:
+  static constexpr int kGates = gate_blocks(kCell);
+  using Panel = UnitPanel<kGates>;
+  using OutputPanel = UnitPanel<1>;
+
+  template <class P>
+  static int64_t panel_size(int64_t k) {
+    return k * P::vectors * kLanes<S>;
+  }
+
+  // f(r, v, unit) for every vector of the tile that lies within `limit` units.
+  template <int R, int NV, class F>
+  static FUSEDRNN_HD void each(const Tile<S, R, NV>&, int64_t panel, int64_t limit, F f) {
+    constexpr int blocks = NV == kGates ? 1 : NV;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        const int64_t unit = (panel * blocks + (NV == kGates ? 0 : v)) * kLanes<S>;
+        if (unit < limit) f(r, v, unit);
+      }
+    }
+  }
+
+  void pack_bias(Range panels) const {
+    const Weights<S>& w = d_.weights;
+    constexpr int64_t width = Panel::blocks * kLanes<S>;
+    const auto at = [](const S* bias, int64_t i) { return bias == nullptr ? S(0) : bias[i]; };
+    for (int64_t unit = panels.begin * width; unit < std::min(panels.end * width, hidden_); ++unit) {
+      for (int g = 0; g < kGates; ++g) {
+        // The GRU multiplies W_hn h + b_hn by the reset gate: that bias stays apart.
+        const bool apart = kCell == Cell::kGru && g == 2;
+        const int64_t i = g * sizes_.hidden + unit;
+        const bool inside = unit < sizes_.hidden;
+        d_.packed.bias[g * hidden_ + unit] =
+            inside ? at(w.b_ih, i) + (apart ? S(0) : at(w.b_hh, i)) : S(0);
+        if (apart) d_.packed.bias_hn[unit] = inside ? at(w.b_hh, i) : S(0);
+      }
+    }
+  }
+
+  void step(int64_t t) {
+    const int64_t rows = schedule_.rows[t], row0 = schedule_.row0[t];
+    const Range mine = {own_rows_.begin, std::min(own_rows_.end, rows)};
+    const S* h_read = d_.h[turn_];
+    S* h_write = d_.h[turn_ ^ 1];
+    const auto is_cut = [&](int64_t b) { return is_reset(d_.reset, schedule_, t, b); };
+    const auto h_prev = [&](int64_t b) { return is_cut(b) ? zeros_ : h_read + b * output_; };
+    const auto put_output = [&](int64_t b, int64_t unit, Vec<S> h) __attribute__((always_inline)) {
+      store(h_write + b * output_ + unit, h);
+      store(d_.y + io_row(schedule_, row0 + b) * d_.y_stride + unit, h, sizes_.output - unit);
+    };
+
+    const CellForward<kCell, S> cell = {hidden_, save_, d_.packed.bias_hn};
+    const auto apply = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
+                           __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const int64_t b = b0 + r;
+        typename CellForward<kCell, S>::Row row{};
+        row.gates = d_.gates + (row0 - first_row_ + b) * d_.gates_stride;
+        if constexpr (kCell == Cell::kLstm) {
+          row.c = d_.c + b * hidden_;
+          row.state = is_cut(b) ? zeros_ : row.c;
+          if (save_) row.cells = d_.cells + (row0 + b) * d_.cells_stride;
+        } else if constexpr (kCell == Cell::kGru) {
+          row.state = h_prev(b);
+        }
+#pragma GCC unroll 2
+        for (int block = 0; block < Panel::blocks; ++block) {
+          const int64_t unit = (panel * Panel::blocks + block) * kLanes<S>;
+          if (unit >= hidden_) break;
+          const Vec<S> h = cell(tile.sum[r] + block * kGates, row, unit);
+          if (kCell == Cell::kLstm && sizes_.projected) {
+            store(d_.h_tilde + b * hidden_ + unit, h);
+          } else {
+            put_output(b, unit, h);
+          }
+        }
+      }
+    };
+    product<S, Panel::vectors>(mine.begin, mine.end, own_panels_.begin, own_panels_.end, h_prev, 1,
+                               d_.packed.recurrent, panel_size<Panel>(sizes_.output),
+                               sizes_.output, apply);
+    if constexpr (kCell == Cell::kLstm) {
+      if (sizes_.projected) {
+        slot_.wait_parts();
+        const auto h_tilde = [&](int64_t b) { return d_.h_tilde + b * hidden_; };
+        const auto put = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
+                             __attribute__((always_inline)) {
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) {
+              const int64_t unit = (panel * NV + v) * kLanes<S>;
+              if (unit < output_) put_output(b0 + r, unit, tile.sum[r][v]);
+            }
+          }
+        };
+        product<S, OutputPanel::vectors>(mine.begin, mine.end, own_output_panels_.begin,
+                                         own_output_panels_.end, h_tilde, 1, d_.packed.projection,
+                                         panel_size<OutputPanel>(sizes_.hidden), sizes_.hidden, put);
+      }
+    }
+    keep_final(t, mine, h_write);
+    slot_.wait_parts();
+  }
+
+  // Copies this thread's units of the rows for which t was the last step walked to h_n.
+  void keep_final(int64_t t, Range mine, const S* h) const {
+    const int64_t going_on = d_.reverse ? (t == 0 ? 0 : mine.end) : rows_at(schedule_, t + 1);
+    const int64_t width = (sizes_.projected ? OutputPanel::blocks : Panel::blocks) * kLanes<S>;
+    const int64_t begin = own_output_panels_.begin * width;
+    const int64_t end = std::min(own_output_panels_.end * width, sizes_.output);
+    for (int64_t b = std::max(mine.begin, going_on); b < mine.end; ++b) {
+      S* to = d_.h_n + caller_row(schedule_, b) * sizes_.output;
+      std::copy(h + b * output_ + begin, h + b * output_ + std::max(begin, end), to + begin);
+    }
+  }
+
+  const Sizes& sizes_;
+  const Schedule& schedule_;
+  const ForwardDirection<S>& d_;
+  const Slot& slot_;
+  const bool save_;
+  const S* const zeros_;
+  const int64_t hidden_, output_;  // padded
+  const int64_t panels_, output_panels_;
+  const Range own_panels_, own_output_panels_;
+  const Range own_rows_;
+  const int64_t first_row_;  // packed, of the chunk
+  int turn_ = 0;
+};
+
+template <Cell kCell, class S>
+void forward_chunk(const ForwardArgs<S>& args, const Slot& slot) {
+  for (int i = slot.direction_begin; i < slot.direction_end; ++i) {
+    ForwardChunk<kCell, S> chunk(args, args.direction[i], slot);
+    if (args.direction[i].chunk.first) {
+      chunk.pack();
+      if (slot.groups > 1) slot.wait_team();
+    }
+    chunk.project();
+    if (slot.groups > 1) slot.wait_team();
+    chunk.walk();
+  }
+}
+
+FUSEDRNN_ISA_END

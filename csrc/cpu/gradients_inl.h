@@ -1,0 +1,215 @@
+// What is parallel over time, once a chunk's dgates stand: gradients of weights, biases and inputs.
+//
+//   dW_ih += dgates^T x,  dW_hh += dgates^T h_prev,  db += sum of dgates,  dx += dgates W_ih
+//
+// Each thread owns rows of the weights' gradients and rows of dx, and sums in a fixed order: the
+// result does not depend on who comes first.
+#pragma once
+
+#include "cpu/backward_inl.h"
+
+FUSEDRNN_ISA_BEGIN
+
+// k is cut so that a block of a panel stays in a private cache while all rows pass by.
+inline constexpr int64_t kBlockK = 512;
+
+template <Cell kCell, class S>
+class ChunkGradients {
+ public:
+  ChunkGradients(const BackwardArgs<S>& args, const BackwardDirection<S>& direction,
+                 const Slot& slot)
+      : args_(args),
+        sizes_(args.sizes),
+        schedule_(args.schedule),
+        d_(direction),
+        slot_(slot),
+        hidden_(sizes_.hidden_padded()),
+        output_(sizes_.output_padded()),
+        first_row_(schedule_.row0[d_.chunk.begin]),
+        rows_(schedule_.row0[d_.chunk.end] - first_row_),
+        columns_(args.columns + slot.thread * args.columns_stride) {}
+
+  // W_ih by input column, for dx.
+  void pack() const {
+    if (args_.dx == nullptr) return;
+    const int64_t k = Blocks::gates * hidden_;
+    pack_by_column<kChunkVectors>(
+        d_.packed.input, sizes_.input, k, share(k, slot_.thread, slot_.threads),
+        Range{0, panel_count<S>(sizes_.input, kChunkVectors)}, [&](int64_t i) -> const S* {
+          const int64_t unit = i % hidden_;
+          if (unit >= sizes_.hidden) return nullptr;
+          return d_.weights.w_ih + (i / hidden_ * sizes_.hidden + unit) * sizes_.input;
+        });
+  }
+
+  void accumulate() const {
+    const Range mine = share(rows_, slot_.thread, slot_.threads);
+    if (d_.dw_ih != nullptr) pack_rows(0, sizes_.input, mine, [&](int64_t row) { return x_at(row); });
+    if (d_.dw_hh != nullptr) {
+      for (int64_t t = d_.chunk.begin; t < d_.chunk.end; ++t) pack_previous(t, mine);
+    }
+    slot_.wait_team();
+    weight_gradients();
+    if (d_.dw_hr != nullptr) {
+      slot_.wait_team();
+      pack_rows(1, sizes_.hidden, mine, [&](int64_t row) { return d_.h_tilde + row * hidden_; });
+      slot_.wait_team();
+      projection_gradient();
+    }
+    if (args_.dx != nullptr) input_gradient(mine);
+    slot_.wait_team();
+  }
+
+ private:
+  using Blocks = GradientBlocks<kCell>;
+  static constexpr int64_t kWidth = kChunkVectors * kLanes<S>;
+
+  const S* x_at(int64_t row) const {
+    return d_.x + io_row(schedule_, first_row_ + row) * sizes_.input;
+  }
+
+  template <class RowAt>
+  void pack_rows(int which, int64_t columns, Range rows, RowAt row_at) const {
+    pack_by_column<kChunkVectors>(args_.panels[which], columns, rows_, rows,
+                                  Range{0, panel_count<S>(columns, kChunkVectors)}, row_at);
+  }
+
+  // The states that entered step t, as far as they lie in `mine`.
+  void pack_previous(int64_t t, Range mine) const {
+    const int64_t row0 = schedule_.row0[t] - first_row_;
+    const Range rows = {std::max(mine.begin, row0),
+                        std::min(mine.end, row0 + schedule_.rows[t])};
+    if (rows.size() <= 0) return;
+    pack_rows(1, sizes_.output, rows, [&](int64_t row) -> const S* {
+      const int64_t b = row - row0;
+      if (is_reset(d_.reset, schedule_, t, b)) return nullptr;
+      const int64_t before = previous_row(schedule_, d_.reverse, t, b);
+      return before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride : d_.h0 + b * output_;
+    });
+  }
+
+  // Copies `width` columns of `from`, over all rows of the chunk, to this thread's scratch.
+  void take_columns(const S* from, int64_t stride, int64_t width) const {
+    for (int64_t row = 0; row < rows_; ++row) {
+      std::copy(from + row * stride, from + row * stride + width, columns_ + row * kGradientRows);
+    }
+  }
+
+  void add_sums(S* to, int64_t width) const {
+    S sums[kGradientRows] = {};
+    for (int64_t row = 0; row < rows_; ++row) {
+      for (int64_t i = 0; i < kGradientRows; ++i) sums[i] += columns_[row * kGradientRows + i];
+    }
+    for (int64_t i = 0; i < width; ++i) to[i] += sums[i];
+  }
+
+  // to (width, n) += columns^T (panels of `which`)
+  void add_outer(S* to, int64_t n, int64_t width, int which) const {
+    const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row, int64_t panel)
+                              __attribute__((always_inline)) {
+      add_tile(tile, panel, n, [&](int r) { return to + (row + r) * n; });
+    };
+    product<S, kChunkVectors>(
+        0, width, 0, panel_count<S>(n, kChunkVectors), [&](int64_t r) { return columns_ + r; },
+        kGradientRows, args_.panels[which], rows_ * kWidth, rows_, epilogue);
+  }
+
+  template <int R, int NV, class RowAt>
+  static FUSEDRNN_HD void add_tile(const Tile<S, R, NV>& tile, int64_t panel, int64_t columns,
+                                   RowAt row_at) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      S* row = row_at(r);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        const int64_t column = panel * kWidth + v * kLanes<S>;
+        const int64_t valid = columns - column;
+        if (valid > 0) store(row + column, load(row + column, valid) + tile.sum[r][v], valid);
+      }
+    }
+  }
+
+  void weight_gradients() const {
+    const int64_t units = sizes_.hidden;
+    const int64_t per_block = (units + kGradientRows - 1) / kGradientRows;
+    const Range mine = share(Blocks::count * per_block, slot_.thread, slot_.threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int block = static_cast<int>(i / per_block);
+      const int64_t unit = i % per_block * kGradientRows;
+      const int64_t width = std::min(kGradientRows, units - unit);
+      take_columns(d_.dgates + block * hidden_ + unit, Blocks::count * hidden_, width);
+      const int input_gate = Blocks::input_gate(block), hidden_gate = Blocks::hidden_gate(block);
+      if (input_gate >= 0) {
+        const int64_t row = input_gate * units + unit;
+        if (d_.dw_ih != nullptr) add_outer(d_.dw_ih + row * sizes_.input, sizes_.input, width, 0);
+        if (d_.db_ih != nullptr) add_sums(d_.db_ih + row, width);
+      }
+      if (hidden_gate >= 0) {
+        const int64_t row = hidden_gate * units + unit;
+        if (d_.dw_hh != nullptr) add_outer(d_.dw_hh + row * sizes_.output, sizes_.output, width, 1);
+        if (d_.db_hh != nullptr) add_sums(d_.db_hh + row, width);
+      }
+    }
+  }
+
+  // dW_hr (P, H) += dh^T (o tanh(c))
+  void projection_gradient() const {
+    const int64_t blocks = (sizes_.output + kGradientRows - 1) / kGradientRows;
+    const Range mine = share(blocks, slot_.thread, slot_.threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int64_t unit = i * kGradientRows;
+      const int64_t width = std::min(kGradientRows, sizes_.output - unit);
+      take_columns(d_.dh + unit, output_, width);
+      add_outer(d_.dw_hr + unit * sizes_.hidden, sizes_.hidden, width, 1);
+    }
+  }
+
+  void input_gradient(Range rows) const {
+    const int64_t all = Blocks::gates * hidden_;
+    const S* dgates = d_.dgates + Blocks::input_begin * hidden_;
+    for (int64_t k = 0; k < all; k += kBlockK) {
+      const auto row_at = [&](int64_t row) { return dgates + row * (Blocks::count * hidden_) + k; };
+      const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
+                                               int64_t panel) __attribute__((always_inline)) {
+        add_tile(tile, panel, sizes_.input, [&](int r) {
+          return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
+        });
+      };
+      product<S, kChunkVectors>(rows.begin, rows.end, 0,
+                                panel_count<S>(sizes_.input, kChunkVectors), row_at, 1,
+                                d_.packed.input + k * kWidth, all * kWidth,
+                                std::min(kBlockK, all - k), epilogue);
+    }
+  }
+
+  const BackwardArgs<S>& args_;
+  const Sizes& sizes_;
+  const Schedule& schedule_;
+  const BackwardDirection<S>& d_;
+  const Slot& slot_;
+  const int64_t hidden_, output_;  // padded
+  const int64_t first_row_, rows_;  // packed, of the chunk
+  S* const columns_;
+};
+
+template <Cell kCell, class S>
+void backward_chunk(const BackwardArgs<S>& args, const Slot& slot) {
+  if (args.direction[0].chunk.first) {
+    for (int i = slot.direction_begin; i < slot.direction_end; ++i) {
+      BackwardChunk<kCell, S>(args, args.direction[i], slot).pack();
+    }
+    for (int i = 0; i < args.directions; ++i) {
+      ChunkGradients<kCell, S>(args, args.direction[i], slot).pack();
+    }
+    slot.wait_team();
+  }
+  for (int i = slot.direction_begin; i < slot.direction_end; ++i) {
+    BackwardChunk<kCell, S>(args, args.direction[i], slot).walk();
+  }
+  slot.wait_team();
+  for (int i = 0; i < args.directions; ++i) {
+    ChunkGradients<kCell, S>(args, args.direction[i], slot).accumulate();
+  }
+}
+
+FUSEDRNN_ISA_END

@@ -1,0 +1,44 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace fusedrnn {
+namespace {
+
+const Isa* find(const std::string& name) {
+  std::string known;
+  for (const Isa* isa : usable_isas()) {
+    if (name == isa->name) return isa;
+    known += known.empty() ? isa->name : std::string(", ") + isa->name;
+  }
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is not available: expected one of " + known);
+}
+
+std::atomic<const Isa*>& current() {
+  static std::atomic<const Isa*> isa = [] {
+    const char* forced = std::getenv("FUSEDRNN_CPU_ISA");
+    return forced != nullptr && *forced != '\0' ? find(forced) : usable_isas().back();
+  }();
+  return isa;
+}
+
+}  // namespace
+
+std::vector<const Isa*> usable_isas() {
+  std::vector<const Isa*> isas = {&kBaselineIsa};
+#if defined(__x86_64__)
+  for (const Isa* isa : {&kAvx2Isa, &kAvx512Isa}) {
+    if (isa->usable()) isas.push_back(isa);
+  }
+#endif
+  return isas;
+}
+
+const Isa& current_isa() { return *current().load(std::memory_order_acquire); }
+
+void set_isa(const std::string& name) { current().store(find(name), std::memory_order_release); }
+
+}  // namespace fusedrnn

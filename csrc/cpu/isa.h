@@ -1,0 +1,55 @@
+// The instruction sets compiled in: one table of kernels each, chosen at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/team.h"
+#include "recurrence.h"
+
+namespace fusedrnn {
+
+// Kernels for arithmetic in S; indexed by Cell.
+template <class S>
+struct KernelTable {
+  void (*forward[kCells])(const ForwardArgs<S>&, const Slot&);
+  void (*backward[kCells])(const BackwardArgs<S>&, const Slot&);
+  // y = sigmoid(x), y = tanh(x), n values: what the cells apply, for tests.
+  void (*sigmoid)(const S* x, S* y, int64_t n);
+  void (*tanh)(const S* x, S* y, int64_t n);
+  int lanes;
+};
+
+struct Isa {
+  const char* name;
+  bool (*usable)();  // on this machine
+  KernelTable<float> f32;
+  KernelTable<double> f64;
+
+  template <class S>
+  const KernelTable<S>& table() const {
+    if constexpr (sizeof(S) == sizeof(float)) {
+      return f32;
+    } else {
+      return f64;
+    }
+  }
+};
+
+// Each defined in its own kernels_*.cpp.
+extern const Isa kBaselineIsa;
+#if defined(__x86_64__)
+extern const Isa kAvx2Isa;
+extern const Isa kAvx512Isa;
+#endif
+
+// Those usable here, the plainest first.
+std::vector<const Isa*> usable_isas();
+
+// The one in use: the best, unless FUSEDRNN_CPU_ISA or set_isa says otherwise.
+const Isa& current_isa();
+
+// Throws std::invalid_argument, which lists the names, where `name` is not usable here.
+void set_isa(const std::string& name);
+
+}  // namespace fusedrnn

@@ -1,0 +1,18 @@
+// Kernels for what every machine of the architecture has (SSE2 on x86-64).
+#define FUSEDRNN_ISA baseline
+#define FUSEDRNN_VECTOR_BYTES 16
+#define FUSEDRNN_ACCUMULATORS 12
+
+#include "cpu/kernels_prelude.h"
+
+#include "cpu/kernels_inl.h"
+
+namespace fusedrnn {
+
+static bool usable() {
+  return true;
+}
+
+const Isa kBaselineIsa = {"baseline", usable, baseline::kernel_table<float>(), baseline::kernel_table<double>()};
+
+}  // namespace fusedrnn

@@ -1,0 +1,26 @@
+// The table of one instruction set. A kernel file includes the standard headers below (through
+// cpu/kernels_prelude.h), opens its target region, then includes this file.
+#pragma once
+
+#include "cpu/forward_inl.h"
+#include "cpu/gradients_inl.h"
+
+FUSEDRNN_ISA_BEGIN
+
+template <class S, Vec<S> (*Function)(Vec<S>)>
+void map(const S* x, S* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<S>) store(y + i, Function(load(x + i, n - i)), n - i);
+}
+
+template <class S>
+constexpr KernelTable<S> kernel_table() {
+  return {{forward_chunk<Cell::kLstm, S>, forward_chunk<Cell::kGru, S>,
+           forward_chunk<Cell::kRnnTanh, S>, forward_chunk<Cell::kRnnRelu, S>},
+          {backward_chunk<Cell::kLstm, S>, backward_chunk<Cell::kGru, S>,
+           backward_chunk<Cell::kRnnTanh, S>, backward_chunk<Cell::kRnnRelu, S>},
+          map<S, sigmoid<Vec<S>>>,
+          map<S, tanh<Vec<S>>>,
+          kLanes<S>};
+}
+
+FUSEDRNN_ISA_END

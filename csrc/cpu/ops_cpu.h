@@ -1,0 +1,105 @@
+// Pieces that the forward and the backward op share on the CPU.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "cpu/plan.h"
+#include "cpu/run_team.h"
+#include "cpu/scratch.h"
+#include "layer.h"
+
+namespace fusedrnn {
+
+// Calls f<S>() for the arithmetic of the layer.
+template <class F>
+void with_scalar(const Layer& layer, F f) {
+  if (layer.accumulate == at::kDouble) {
+    f.template operator()<double>();
+  } else {
+    f.template operator()<float>();
+  }
+}
+
+// The tensor as contiguous values of type S; holds on to the memory.
+template <class S>
+class Values {
+ public:
+  Values() = default;
+  explicit Values(const at::Tensor& t)
+      : tensor_(t.to(at::CppTypeToScalarType<S>::value).contiguous()) {}
+  explicit Values(const OptionalTensor& t) {
+    if (t) *this = Values(*t);
+  }
+  const S* data() const { return tensor_.defined() ? tensor_.const_data_ptr<S>() : nullptr; }
+
+ private:
+  at::Tensor tensor_;
+};
+
+// One direction's parameters in type S.
+template <class S>
+struct WeightValues {
+  Values<S> w_ih, w_hh, b_ih, b_hh, w_hr;
+
+  WeightValues() = default;
+  WeightValues(const Layer& layer, at::TensorList params, int d)
+      : w_ih(layer.param(params, d, 0)), w_hh(layer.param(params, d, 1)) {
+    if (layer.has_biases) {
+      b_ih = Values<S>(layer.param(params, d, 2));
+      b_hh = Values<S>(layer.param(params, d, 3));
+    }
+    if (layer.sizes.projected) w_hr = Values<S>(layer.param(params, d, layer.has_biases ? 4 : 2));
+  }
+
+  Weights<S> view() const {
+    return {w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data(), w_hr.data()};
+  }
+};
+
+// Rows of (B, units) of one direction, in sorted order, padded with zeros; zeros where `state` is
+// null.
+template <class S>
+void fill_state(S* to, const S* state, int64_t units, const Schedule& schedule) {
+  const int64_t stride = padded(units);
+  std::fill(to, to + schedule.batch * stride, S(0));
+  if (state == nullptr) return;
+  for (int64_t b = 0; b < schedule.batch; ++b) {
+    const int64_t row = schedule.order == nullptr ? b : schedule.order[b];
+    std::copy(state + row * units, state + (row + 1) * units, to + b * stride);
+  }
+}
+
+// The chunk that direction `reverse` walks as its index-th, of those between `bounds`; `backwards`
+// where the walk is backpropagation's.
+inline Chunk chunk_of(const std::vector<int64_t>& bounds, int64_t index, bool reverse,
+                      bool backwards) {
+  const int64_t count = static_cast<int64_t>(bounds.size()) - 1;
+  const int64_t at = reverse != backwards ? count - 1 - index : index;
+  return {bounds[at], bounds[at + 1], index == 0, index == count - 1};
+}
+
+inline Workload workload_of(const Layer& layer, const Schedule& schedule, int products) {
+  return {layer.cell,     layer.sizes,
+          layer.directions, schedule.batch,
+          schedule.steps == 0 ? 0 : schedule.row0[schedule.steps],
+          layer.accumulate == at::kDouble ? 8 : 4,
+          products};
+}
+
+// Rounded up to whole panels of any instruction set (columns of at most 4 vectors of 16 lanes).
+inline int64_t whole_panels(int64_t columns) { return (columns + 63) / 64 * 64; }
+
+// Most rows of a chunk.
+inline int64_t chunk_rows(const Schedule& schedule, const std::vector<int64_t>& bounds) {
+  int64_t most = 0;
+  for (size_t i = 0; i + 1 < bounds.size(); ++i) {
+    most = std::max(most, schedule.row0[bounds[i + 1]] - schedule.row0[bounds[i]]);
+  }
+  return most;
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,73 @@
+// Weights and rows in panel order.
+#pragma once
+
+#include "cpu/gemm_inl.h"
+#include "cpu/team.h"
+#include "recurrence.h"
+
+FUSEDRNN_ISA_BEGIN
+
+// How a cell's gates share a forward panel: Gates blocks of columns for each of Blocks neighbouring
+// vectors of hidden units (more than one only where a single gate would leave the tile too small).
+template <int Gates>
+struct UnitPanel {
+  static constexpr int gates = Gates;
+  static constexpr int blocks = Gates == 1 ? 2 : 1;
+  static constexpr int vectors = gates * blocks;
+};
+
+// Vectors of columns in the other panels: for dh, one product a step, few columns keep both threads
+// of a small layer busy; for the products over a whole chunk, wide tiles.
+inline constexpr int kStepVectors = 2;
+inline constexpr int kChunkVectors = 4;
+
+template <class S>
+constexpr int64_t panel_count(int64_t columns, int blocks) {
+  const int64_t width = blocks * kLanes<S>;
+  return (columns + width - 1) / width;
+}
+
+// From weights (Gates * units, k), row-major, to panels by unit: [panel][k][vectors][lanes].
+template <int Gates, class S>
+void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range panels) {
+  using P = UnitPanel<Gates>;
+  constexpr int lanes = kLanes<S>;
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    S* to = packed + panel * (k * P::vectors * lanes);
+    for (int v = 0; v < P::vectors; ++v) {
+      const int64_t unit = (panel * P::blocks + v / Gates) * lanes;
+      const int64_t valid = units - unit;
+      const S* from = weights + ((v % Gates) * units + unit) * k;
+      for (int64_t i = 0; i < k; i += lanes) {
+        Vec<S> rows[lanes];
+        for (int r = 0; r < lanes; ++r) {
+          rows[r] = r < valid ? load(from + r * k + i, k - i) : Vec<S>{};
+        }
+        transpose<S>(rows);
+        for (int64_t r = 0; r < lanes && i + r < k; ++r) {
+          store(to + (i + r) * (P::vectors * lanes) + v * lanes, rows[r]);
+        }
+      }
+    }
+  }
+}
+
+// From rows of `columns` values to panels by column: [panel][k][Vectors][lanes]. row_at(i), for i in
+// `rows` out of k, points to row i, or is null for a row of zeros.
+template <int Vectors, class S, class RowAt>
+void pack_by_column(S* packed, int64_t columns, int64_t k, Range rows, Range panels, RowAt row_at) {
+  constexpr int lanes = kLanes<S>;
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    S* to = packed + panel * (k * Vectors * lanes);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const S* from = row_at(i);
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t column = (panel * Vectors + v) * lanes;
+        store(to + (i * Vectors + v) * lanes,
+              from == nullptr ? Vec<S>{} : load(from + column, columns - column));
+      }
+    }
+  }
+}
+
+FUSEDRNN_ISA_END

@@ -1,0 +1,75 @@
+#include "cpu/plan.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace fusedrnn {
+namespace {
+
+int64_t private_cache() {
+  static const int64_t bytes = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (size > 0) return size;
+#endif
+    return int64_t{1} << 20;
+  }();
+  return bytes;
+}
+
+// Below this many multiplications in all, waking a second thread costs more than it saves.
+constexpr double kWorthATeam = 4e5;
+// Below this many a step, the barrier at its end does.
+constexpr double kWorthABarrier = 1.2e4;
+constexpr int64_t kRowsPerGroup = 4;
+
+}  // namespace
+
+Plan plan_team(const Workload& work, int threads) {
+  Plan plan;
+  threads = std::min(threads, kMaxThreads);
+  const Sizes& s = work.sizes;
+  const double recurrent = static_cast<double>(gate_blocks(work.cell)) * s.hidden * s.output;
+  const double weights =
+      recurrent + static_cast<double>(gate_blocks(work.cell)) * s.hidden * s.input;
+  if (threads <= 1 || weights * work.pairs * work.directions * work.products < kWorthATeam) {
+    return plan;
+  }
+  if (work.directions == 2 && threads % 2 == 0) plan.directions = 2;
+  const int each = threads / plan.directions;
+  const int64_t bytes = static_cast<int64_t>(recurrent) * work.value_size;
+  // Parts of the hidden units until a part's weights stay in its core's own cache; the rest of the
+  // threads take groups of rows.
+  int parts = 1;
+  while (parts < each && (bytes / parts > private_cache() * 3 / 4 ||
+                          work.batch * parts < kRowsPerGroup * each)) {
+    ++parts;
+    while (each % parts != 0) ++parts;
+  }
+  const int64_t panels = padded(s.hidden) / kUnitAlignment;
+  if (parts > 1 && recurrent * work.batch / parts < kWorthABarrier) parts = 1;
+  plan.parts = static_cast<int>(std::min<int64_t>(parts, panels));
+  plan.groups = static_cast<int>(std::min<int64_t>(each / plan.parts, std::max<int64_t>(work.batch / 2, 1)));
+  return plan;
+}
+
+std::vector<int64_t> chunk_bounds(const Schedule& schedule, const Workload& work) {
+  // Enough rows to make the products over a chunk efficient, few enough that its gates are still
+  // in cache when the time loop reads them.
+  const int64_t row_bytes = saved_blocks(work.cell) * work.sizes.hidden_padded() * work.value_size;
+  const int64_t target = std::clamp<int64_t>((int64_t{2} << 20) / row_bytes, 256, 512);
+  std::vector<int64_t> bounds = {0};
+  int64_t rows = 0;
+  for (int64_t t = 0; t < schedule.steps; ++t) {
+    if (rows > 0 && rows + schedule.rows[t] > target) {
+      bounds.push_back(t);
+      rows = 0;
+    }
+    rows += schedule.rows[t];
+  }
+  if (schedule.steps > 0) bounds.push_back(schedule.steps);
+  return bounds;
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,28 @@
+// How a call is cut: over threads, and over time.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/team.h"
+#include "recurrence.h"
+
+namespace fusedrnn {
+
+// What decides the cut.
+struct Workload {
+  Cell cell;
+  Sizes sizes;
+  int directions;
+  int64_t batch;
+  int64_t pairs;       // (step, row) pairs
+  int64_t value_size;  // bytes of the arithmetic's type
+  int products;        // per weight, step and row: 1 forward, 3 with backward
+};
+
+Plan plan_team(const Workload& work, int threads);
+
+// Bounds b[0] = 0 < b[1] < ... = T of the chunks of time.
+std::vector<int64_t> chunk_bounds(const Schedule& schedule, const Workload& work);
+
+}  // namespace fusedrnn

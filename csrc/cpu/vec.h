@@ -1,0 +1,86 @@
+// The vector type of one instruction set (GCC and Clang vector extensions) and its memory access.
+//
+// FUSEDRNN_VECTOR_BYTES and FUSEDRNN_ACCUMULATORS (registers a product may use for its sums) come
+// from the kernel file.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "isa_namespace.h"
+
+FUSEDRNN_ISA_BEGIN
+
+template <class S, int Lanes>
+struct VectorOf {
+  typedef S type __attribute__((vector_size(Lanes * sizeof(S))));
+};
+
+template <class S>
+inline constexpr int kLanes = FUSEDRNN_VECTOR_BYTES / static_cast<int>(sizeof(S));
+
+template <class S>
+using Vec = typename VectorOf<S, kLanes<S>>::type;
+
+template <class S>
+FUSEDRNN_HD Vec<S> load(const S* from) {
+  Vec<S> v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <class S>
+FUSEDRNN_HD void store(S* to, Vec<S> v) {
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+
+// The first n lanes (n may exceed the lanes); the others read as zero and are not written.
+template <class S>
+FUSEDRNN_HD Vec<S> load(const S* from, int64_t n) {
+  if (n >= kLanes<S>) return load(from);
+  Vec<S> v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = from[i];
+  return v;
+}
+
+template <class S>
+FUSEDRNN_HD void store(S* to, Vec<S> v, int64_t n) {
+  if (n >= kLanes<S>) return store(to, v);
+  for (int64_t i = 0; i < n; ++i) to[i] = v[i];
+}
+
+template <class S>
+FUSEDRNN_HD Vec<S> broadcast(S s) {
+  return Vec<S>{} + s;
+}
+
+// One butterfly stage of a transposition: lanes whose index has bit Step clear come from a, and
+// their neighbours from b.
+template <int Step, bool High, class S, int... I>
+FUSEDRNN_HD Vec<S> interleave(Vec<S> a, Vec<S> b, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+  return __builtin_shufflevector(
+      a, b, (I & Step ? lanes + (High ? I : I - Step) : (High ? I + Step : I))...);
+}
+
+template <int Step, class S>
+FUSEDRNN_HD void transpose_stage(Vec<S> (&rows)[kLanes<S>]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<S>>();
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<S>; ++i) {
+    if (i & Step) continue;
+    const Vec<S> low = rows[i], high = rows[i + Step];
+    rows[i] = interleave<Step, false, S>(low, high, lanes);
+    rows[i + Step] = interleave<Step, true, S>(low, high, lanes);
+  }
+  if constexpr (2 * Step < kLanes<S>) transpose_stage<2 * Step, S>(rows);
+}
+
+// rows[i][j] becomes rows[j][i].
+template <class S>
+FUSEDRNN_HD void transpose(Vec<S> (&rows)[kLanes<S>]) {
+  transpose_stage<1, S>(rows);
+}
+
+FUSEDRNN_ISA_END

@@ -1,0 +1,61 @@
+// The order in which a direction walks the steps, and the state that enters each of them.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/team.h"
+#include "recurrence.h"
+
+namespace fusedrnn {
+
+// The rows that a group owns for the whole sequence: equal shares of the (step, row) pairs, since
+// longer rows stand first.
+inline Range own_rows(const Schedule& schedule, const Slot& slot) {
+  const int64_t steps = schedule.steps, batch = schedule.batch;
+  if (slot.groups == 1) return {0, batch};
+  if (schedule.rows[steps - 1] == batch) return share(batch, slot.group, slot.groups);
+  const int64_t total = schedule.row0[steps];
+  const auto bound = [&](int group) {
+    if (group == slot.groups) return batch;
+    const int64_t target = total * group / slot.groups;
+    int64_t low = 0, high = batch;  // the fewest rows with at least `target` pairs
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      int64_t pairs = 0;
+      for (int64_t t = 0; t < steps; ++t) pairs += std::min(schedule.rows[t], middle);
+      if (pairs < target) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  };
+  return {bound(slot.group), bound(slot.group + 1)};
+}
+
+// Rows that have a step t; none outside the sequence.
+inline int64_t rows_at(const Schedule& schedule, int64_t t) {
+  return t >= 0 && t < schedule.steps ? schedule.rows[t] : 0;
+}
+
+inline int64_t io_row(const Schedule& schedule, int64_t packed_row) {
+  return schedule.io_row == nullptr ? packed_row : schedule.io_row[packed_row];
+}
+
+inline int64_t caller_row(const Schedule& schedule, int64_t row) {
+  return schedule.order == nullptr ? row : schedule.order[row];
+}
+
+// True where the state entering step t of sorted row b is cut off from the past.
+inline bool is_reset(const uint8_t* reset, const Schedule& schedule, int64_t t, int64_t b) {
+  return reset != nullptr && reset[schedule.row0[t] + b] != 0;
+}
+
+// The packed row from which step t of sorted row b takes its state, or -1: the initial state.
+inline int64_t previous_row(const Schedule& schedule, bool reverse, int64_t t, int64_t b) {
+  const int64_t before = reverse ? t + 1 : t - 1;
+  return b < rows_at(schedule, before) ? schedule.row0[before] + b : -1;
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,190 @@
+#include "layer.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace fusedrnn {
+namespace {
+
+Cell cell_of(const std::string& mode) {
+  if (mode == "LSTM") return Cell::kLstm;
+  if (mode == "GRU") return Cell::kGru;
+  if (mode == "RNN_TANH") return Cell::kRnnTanh;
+  if (mode == "RNN_RELU") return Cell::kRnnRelu;
+  TORCH_CHECK_VALUE(false, "mode: expected 'LSTM', 'GRU', 'RNN_TANH' or 'RNN_RELU', got '", mode,
+                    "'");
+}
+
+void check_like(const char* name, const at::Tensor& t, at::IntArrayRef shape, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, name, ": expected shape ", shape, ", got ", t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), name, ": expected dtype ", x.scalar_type(),
+                   " like x, got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == x.device(), name, ": expected device ", x.device(),
+                    " like x, got ", t.device());
+}
+
+}  // namespace
+
+Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bool bidirectional)
+    : cell(cell_of(mode)),
+      directions(bidirectional ? 2 : 1),
+      has_biases(has_biases),
+      packed(in.batch_sizes.has_value()),
+      dtype(in.x.scalar_type()) {
+  const at::Tensor& x = in.x;
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
+                       dtype == at::kHalf,
+                   "x: expected a float32, float64, bfloat16 or float16 tensor, got ", dtype);
+  accumulate = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_VALUE(x.dim() == (packed ? 2 : 3), "x: expected shape ",
+                    packed ? "(N, input_size)" : "(T, B, input_size)", ", got ", x.sizes());
+
+  const int biases = has_biases ? 2 : 0;
+  const int64_t count = static_cast<int64_t>(in.params.size());
+  params_per_direction = static_cast<int>(count / directions);
+  TORCH_CHECK_VALUE(count % directions == 0 && (params_per_direction == 2 + biases ||
+                                                params_per_direction == 3 + biases),
+                    "params: expected ", 2 + biases, " or ", 3 + biases,
+                    " tensors for each of ", directions, " directions, got ", count);
+  sizes.projected = params_per_direction == 3 + biases;
+  TORCH_CHECK_VALUE(!sizes.projected || cell == Cell::kLstm,
+                    "params: only the LSTM has a projection");
+  const at::Tensor& w_ih = in.params[0];
+  const at::Tensor& w_hh = in.params[1];
+  const int gates = gate_blocks(cell);
+  TORCH_CHECK_VALUE(w_ih.dim() == 2 && w_ih.size(0) > 0 && w_ih.size(0) % gates == 0,
+                    "params[0] (w_ih): expected shape (", gates, " * hidden_size, input_size), got ",
+                    w_ih.sizes());
+  TORCH_CHECK_VALUE(w_hh.dim() == 2, "params[1] (w_hh): expected 2 dimensions, got ", w_hh.dim());
+  sizes.input = x.size(-1);
+  sizes.hidden = w_ih.size(0) / gates;
+  sizes.output = sizes.projected ? w_hh.size(1) : sizes.hidden;
+  for (int d = 0; d < directions; ++d) {
+    const int64_t rows_of_gates = gates * sizes.hidden;
+    check_like("w_ih", param(in.params, d, 0), {rows_of_gates, sizes.input}, x);
+    check_like("w_hh", param(in.params, d, 1), {rows_of_gates, sizes.output}, x);
+    for (int b = 0; b < biases; ++b) {
+      check_like(b == 0 ? "b_ih" : "b_hh", param(in.params, d, 2 + b), {rows_of_gates}, x);
+    }
+    if (sizes.projected) {
+      check_like("w_hr", param(in.params, d, 2 + biases), {sizes.output, sizes.hidden}, x);
+    }
+  }
+
+  if (packed) {
+    const at::Tensor& b = *in.batch_sizes;
+    TORCH_CHECK_VALUE(b.dim() == 1 && b.size(0) > 0 && b.scalar_type() == at::kLong &&
+                          b.device().is_cpu(),
+                      "batch_sizes: expected a non-empty int64 CPU tensor of shape (T,), got ",
+                      b.scalar_type(), " ", b.sizes(), " on ", b.device());
+    TORCH_CHECK_VALUE(!in.lengths && !in.reset, in.lengths ? "lengths" : "reset",
+                      ": not accepted together with batch_sizes");
+    steps = b.size(0);
+    const at::Tensor dense = b.contiguous();
+    const int64_t* rows_of_step = dense.const_data_ptr<int64_t>();
+    batch = rows_of_step[0];
+    rows = x.size(0);
+    int64_t sum = 0;
+    for (int64_t t = 0; t < steps; ++t) {
+      TORCH_CHECK_VALUE(rows_of_step[t] >= 0 && (t == 0 || rows_of_step[t] <= rows_of_step[t - 1]),
+                        "batch_sizes: expected non-negative, non-increasing values, got ",
+                        rows_of_step[t], " at step ", t);
+      sum += rows_of_step[t];
+    }
+    TORCH_CHECK_VALUE(sum == rows, "batch_sizes: expected a sum of ", rows,
+                      " like the rows of x, got ", sum);
+  } else {
+    steps = x.size(0);
+    batch = x.size(1);
+    rows = steps * batch;
+    TORCH_CHECK_VALUE(steps > 0, "x: expected a sequence length larger than 0, got shape ",
+                      x.sizes());
+  }
+  if (in.lengths) {
+    TORCH_CHECK_TYPE(in.lengths->scalar_type() == at::kLong,
+                     "lengths: expected dtype int64, got ", in.lengths->scalar_type());
+    TORCH_CHECK_VALUE(in.lengths->sizes() == at::IntArrayRef({batch}),
+                      "lengths: expected shape [", batch, "], got ", in.lengths->sizes());
+  }
+  if (in.reset) {
+    TORCH_CHECK_TYPE(in.reset->scalar_type() == at::kBool, "reset: expected dtype bool, got ",
+                     in.reset->scalar_type());
+    TORCH_CHECK_VALUE(in.reset->sizes() == at::IntArrayRef({steps, batch}),
+                      "reset: expected shape [", steps, ", ", batch, "], got ", in.reset->sizes());
+  }
+  if (in.h0) check_like("h0", *in.h0, {directions, batch, sizes.output}, x);
+  if (in.c0) {
+    TORCH_CHECK_VALUE(has_cell_state(cell), "c0: only the LSTM has a cell state");
+    check_like("c0", *in.c0, {directions, batch, sizes.hidden}, x);
+  }
+}
+
+std::vector<int64_t> Layer::y_shape() const {
+  const int64_t width = directions * sizes.output;
+  if (packed) return {rows, width};
+  return {steps, batch, width};
+}
+
+ScheduleStorage::ScheduleStorage(const Layer& layer, const LayerInputs& in) {
+  const int64_t steps = layer.steps, batch = layer.batch;
+  if (in.batch_sizes) {
+    const at::Tensor b = in.batch_sizes->contiguous();
+    rows.assign(b.const_data_ptr<int64_t>(), b.const_data_ptr<int64_t>() + steps);
+  } else if (in.lengths) {
+    const at::Tensor l = in.lengths->to(at::kCPU).contiguous();
+    const int64_t* length = l.const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < batch; ++b) {
+      TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= steps, "lengths: expected values in 0..",
+                        steps, ", got ", length[b], " at row ", b);
+    }
+    order.resize(batch);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return length[a] > length[b]; });
+    rows.assign(steps, 0);
+    for (int64_t b = 0; b < batch; ++b) {
+      if (length[b] > 0) ++rows[length[b] - 1];
+    }
+    for (int64_t t = steps - 1; t > 0; --t) rows[t - 1] += rows[t];
+  } else {
+    rows.assign(steps, batch);
+  }
+  // Steps that no row has are not walked at all.
+  while (!rows.empty() && rows.back() == 0) rows.pop_back();
+  const int64_t walked = static_cast<int64_t>(rows.size());
+  row0.resize(walked + 1);
+  for (int64_t t = 0; t < walked; ++t) row0[t + 1] = row0[t] + rows[t];
+  has_empty_rows = batch > 0 && (walked == 0 || rows[0] < batch);
+  padded = row0[walked] < layer.rows;
+
+  if (in.lengths) {
+    io_row.resize(row0[walked]);
+    for (int64_t t = 0; t < walked; ++t) {
+      for (int64_t b = 0; b < rows[t]; ++b) io_row[row0[t] + b] = t * batch + order[b];
+    }
+  }
+  if (in.reset) {
+    const at::Tensor mask = in.reset->to(at::kCPU).contiguous();
+    const bool* flags = mask.const_data_ptr<bool>();
+    for (int d = 0; d < layer.directions; ++d) {
+      reset[d].resize(row0[walked]);
+      for (int64_t t = 0; t < walked; ++t) {
+        for (int64_t b = 0; b < rows[t]; ++b) {
+          // Walking backwards, the segment's last step is the one before a reset.
+          const int64_t at = d == 0 ? t : t + 1;
+          const bool inside = at < walked && b < rows[at];
+          const int64_t column = order.empty() ? b : order[b];
+          reset[d][row0[t] + b] = inside && flags[at * batch + column];
+        }
+      }
+    }
+  }
+  view = {walked,
+          batch,
+          rows.data(),
+          row0.data(),
+          io_row.empty() ? nullptr : io_row.data(),
+          order.empty() ? nullptr : order.data()};
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,67 @@
+// What one call of the layer ops is about, checked: shared by the CPU and the CUDA half.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "recurrence.h"
+
+namespace fusedrnn {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The tensors of a layer call, as the op's schema has them (ops.cpp).
+struct LayerInputs {
+  const at::Tensor& x;
+  const OptionalTensor& lengths;
+  const OptionalTensor& batch_sizes;
+  const OptionalTensor& reset;
+  const OptionalTensor& h0;
+  const OptionalTensor& c0;
+  at::TensorList params;
+};
+
+// Sizes and kinds of a call.
+struct Layer {
+  Cell cell;
+  Sizes sizes;
+  int directions;
+  int params_per_direction;
+  bool has_biases;
+  bool packed;        // x is (N, I) with batch_sizes
+  int64_t steps;      // T
+  int64_t batch;      // B
+  int64_t rows;       // rows of x: T * B, or N
+  at::ScalarType dtype;
+  at::ScalarType accumulate;  // of the arithmetic and of the cell state
+
+  // Checks every shape, dtype and device; throws c10::Error, c10::ValueError or c10::TypeError
+  // that name the argument.
+  Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bool bidirectional);
+
+  const at::Tensor& param(at::TensorList params, int direction, int index) const {
+    return params[direction * params_per_direction + index];
+  }
+  std::vector<int64_t> y_shape() const;
+};
+
+// Where each row of each step lies, see Schedule; and the resets per direction in packed order.
+struct ScheduleStorage {
+  std::vector<int64_t> rows, row0, io_row, order;
+  std::vector<uint8_t> reset[2];
+  bool has_empty_rows = false;  // some length is 0
+  bool padded = false;          // some (step, row) pair of x is padding
+  Schedule view;
+
+  ScheduleStorage(const Layer& layer, const LayerInputs& in);
+  ScheduleStorage(const ScheduleStorage&) = delete;
+
+  const uint8_t* reset_of(int direction) const {
+    return reset[direction].empty() ? nullptr : reset[direction].data();
+  }
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,78 @@
+// The dispatcher ops' schemas, and what is no tensor op (pybind11).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "cpu/isa.h"
+
+namespace fusedrnn {
+namespace {
+
+pybind11::list isa_names() {
+  pybind11::list names;
+  for (const Isa* isa : usable_isas()) names.append(isa->name);
+  return names;
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["openmp"] = std::to_string(_OPENMP);
+  info["cuda"] = "no";
+  return info;
+}
+
+}  // namespace
+
+// One whole layer, all its directions.
+//
+//   x       (T, B, I), or (N, I) with batch_sizes; contiguous memory is made where needed
+//   lengths (B) int64; batch_sizes (T) int64 on the CPU; reset (T, B) bool
+//   h0      (D, B, P); c0 (D, B, H), LSTM; absent: zeros
+//   params  per direction w_ih, w_hh, [b_ih, b_hh], [w_hr]
+//   save    keep what backward needs
+//   y (T, B, D*P) or (N, D*P); h_n like h0; c_n like c0, LSTM, else (0)
+//   gates (rows of x, D, 4*Hp), LSTM and GRU; cells (rows of x, D, Hp), LSTM: valid in packed rows,
+//     Hp = H rounded up to 16; (0) where not saved
+//
+// Backward: output_mask over [x, h0, c0, *params]; what is not wanted comes back as (0).
+TORCH_LIBRARY(fusedrnn, m) {
+  m.def(
+      "layer_forward(str mode, Tensor x, Tensor? lengths, Tensor? batch_sizes, Tensor? reset, "
+      "Tensor? h0, Tensor? c0, Tensor[] params, bool has_biases, bool bidirectional, bool save) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+  m.def(
+      "layer_backward(str mode, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? lengths, "
+      "Tensor? batch_sizes, Tensor? reset, Tensor? h0, Tensor? c0, Tensor[] params, Tensor y, "
+      "Tensor gates, Tensor cells, bool has_biases, bool bidirectional, bool[] output_mask) -> "
+      "(Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dparams)");
+  // sigmoid or tanh exactly as the cells of instruction set `isa` apply them: for tests.
+  m.def("activation(str name, str isa, Tensor x) -> Tensor");
+}
+
+// Gradients come from fusedrnn.autograd alone; calling the ops directly with inputs that require
+// grad raises in backward instead of giving none.
+TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) {
+  for (const char* op : {"layer_forward", "layer_backward", "activation"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+}  // namespace fusedrnn
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information and instruction sets of fusedrnn's kernels.";
+  m.def("cpu_isas", &fusedrnn::isa_names,
+        "Names of the instruction sets compiled in and usable here, the plainest first.");
+  m.def(
+      "get_cpu_isa", [] { return fusedrnn::current_isa().name; },
+      "Name of the instruction set in use.");
+  m.def("set_cpu_isa", &fusedrnn::set_isa, pybind11::arg("name"),
+        "Uses instruction set `name` from the next call on; ValueError where it is not usable.");
+  m.def("build_info", &fusedrnn::build_info, "Compiler, OpenMP version and whether CUDA is in.");
+}

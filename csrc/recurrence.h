@@ -1,0 +1,160 @@
+// What the recurrent kernels are given: plain structs, a shape and a lifetime on every pointer.
+//
+// Names: T steps, B rows of the batch, I input_size, H hidden_size, P proj_size (H without a
+// projection), D directions. Hp and Pp are H and P rounded up to kUnitAlignment: everything the
+// library itself allocates is padded to it, with zeros in the padding, so vector code needs no
+// tails there. N valid (step, row) pairs, "packed rows", in PackedSequence's order: rows sorted by
+// length, longest first; step t holds packed rows [row0[t], row0[t] + rows[t]).
+//
+// S is the type of the arithmetic, float or double. Half precision is widened before and rounded
+// after, chunk by chunk, by the caller. Every pointer lives at least as long as the call.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedrnn {
+
+inline constexpr int64_t kUnitAlignment = 16;
+
+inline constexpr int64_t padded(int64_t units) {
+  return (units + kUnitAlignment - 1) / kUnitAlignment * kUnitAlignment;
+}
+
+enum class Cell { kLstm, kGru, kRnnTanh, kRnnRelu };
+inline constexpr int kCells = 4;
+
+// Blocks of H columns per cell: the gates of W_ih and W_hh; what is kept of each step for backward
+// (LSTM i, f, g, o; GRU r, z, n, W_hn h + b_hn); the gradients of the gates (LSTM i, f, g, o; GRU
+// W_hn h + b_hn, r, z, W_in x + b_in, so that the hidden side is the first three blocks and the
+// input side the last three).
+inline constexpr int gate_blocks(Cell cell) {
+  return cell == Cell::kLstm ? 4 : cell == Cell::kGru ? 3 : 1;
+}
+inline constexpr int saved_blocks(Cell cell) {
+  return cell == Cell::kLstm || cell == Cell::kGru ? 4 : 1;
+}
+inline constexpr bool has_cell_state(Cell cell) { return cell == Cell::kLstm; }
+
+// Which packed rows a step has, and where they lie in the caller's tensors.
+struct Schedule {
+  int64_t steps;          // T
+  int64_t batch;          // B
+  const int64_t* rows;    // (T), non-increasing
+  const int64_t* row0;    // (T + 1)
+  const int64_t* io_row;  // (N) packed row -> row of x, y, dx, dy; null: the same
+  const int64_t* order;   // (B) sorted row -> row of h_n and of the states' gradients; null: the same
+};
+
+struct Sizes {
+  int64_t input;   // I
+  int64_t hidden;  // H
+  int64_t output;  // P
+  bool projected;
+  int64_t hidden_padded() const { return padded(hidden); }
+  int64_t output_padded() const { return padded(output); }
+};
+
+// One direction's parameters, row-major as torch.nn keeps them, G = gate_blocks.
+template <class S>
+struct Weights {
+  const S* w_ih;  // (G*H, I)
+  const S* w_hh;  // (G*H, P)
+  const S* b_ih;  // (G*H) or null
+  const S* b_hh;  // (G*H) or null
+  const S* w_hr;  // (P, H) or null
+};
+
+// The same, in the order in which the kernels read them; the caller owns the memory, the kernels
+// fill it at the first chunk. A panel is [K][columns of the panel], see cpu/gemm_inl.h.
+template <class S>
+struct PackedWeights {
+  S* input;      // forward: W_ih by hidden unit; backward: W_ih by input column
+  S* recurrent;  // forward: W_hh by hidden unit; backward: W_hh by output column
+  S* projection; // forward: W_hr by output column; backward: by hidden unit
+  S* bias;       // forward: (G, Hp), b_ih + b_hh where they may be added up
+  S* bias_hn;    // forward, GRU: (Hp), b_hn
+};
+
+// A range of steps, [begin, end) in time whatever the direction. Chunks are handed to the kernels
+// in the order in which they are walked.
+struct Chunk {
+  int64_t begin, end;
+  bool first, last;  // in walking order
+};
+
+template <class S>
+struct ForwardDirection {
+  bool reverse;
+  Chunk chunk;
+  Weights<S> weights;
+  PackedWeights<S> packed;
+  const S* x;            // (io rows, I)
+  S* y;                  // (io rows, y_stride), this direction's P columns
+  int64_t y_stride;
+  S* gates;              // packed rows of the chunk, (., gates_stride): projected gates, then what is saved
+  int64_t gates_stride;  // >= saved_blocks * Hp
+  S* cells;              // packed rows of the whole sequence, (., cells_stride), or null; LSTM
+  int64_t cells_stride;
+  S* h[2];               // (B, Pp), sorted rows: the state, read from and written to in turns; both hold h0 at first
+  int turn;              // which of the two the chunk's first step reads
+  S* c;                  // (B, Hp), sorted rows: the LSTM's cell state, in place; holds c0 at first
+  S* h_tilde;            // (B, Hp): o tanh(c) before a projection
+  S* h_n;                // (B, P), caller's rows: written for every row that has a step
+  const uint8_t* reset;  // (N): the state entering the step is zero; or null
+};
+
+template <class S>
+struct ForwardArgs {
+  Sizes sizes;
+  Schedule schedule;
+  int directions;
+  bool save;           // keep activated gates (and cells) for backward
+  const S* zeros;      // (4 Hp)
+  ForwardDirection<S> direction[2];
+};
+
+template <class S>
+struct BackwardDirection {
+  bool reverse;
+  Chunk chunk;
+  Weights<S> weights;
+  PackedWeights<S> packed;
+  const S* x;              // (io rows, I)
+  const S* y;              // (io rows, y_stride)
+  int64_t y_stride;
+  const S* dy;             // (io rows, dy_stride), or null
+  int64_t dy_stride;
+  const S* gates;          // packed rows of the chunk, (., gates_stride)
+  int64_t gates_stride;
+  const S* cells;          // packed rows of the whole sequence, (., cells_stride)
+  int64_t cells_stride;
+  const S *h0, *c0;        // (B, Pp), (B, Hp), sorted rows, zeros where not given
+  const S* dh_n;           // (B, Pp), sorted rows, or null
+  S* dgates;               // packed rows of the chunk, (., saved_blocks * Hp): scratch
+  const S* dgates_next;    // (B, .): dgates of the step walked just before this chunk; null at the first chunk
+  S* carry;                // (B, Hp): LSTM dc, GRU dh z; holds dc_n (LSTM) or zeros at first
+  S* dh;                   // packed rows of the chunk, (., Pp): dh before a projection; or null
+  S* h_tilde;              // packed rows of the chunk, (., Hp); or null
+  S *dh0, *dc0;            // (B, P), (B, H), caller's rows; or null: not wanted
+  S *dw_ih, *dw_hh;        // like the weights, added to; or null: not wanted
+  S *db_ih, *db_hh, *dw_hr;
+  const uint8_t* reset;
+};
+
+template <class S>
+struct BackwardArgs {
+  Sizes sizes;
+  Schedule schedule;
+  int directions;
+  const S* zeros;      // (4 Hp)
+  S* dx;               // (io rows, I), added to; or null: not wanted
+  S* panels[2];        // scratch: x and h_prev of a chunk as panels, see gradient_panels_size
+  S* columns;          // scratch: per thread, (chunk rows, kGradientRows)
+  int64_t columns_stride;
+  BackwardDirection<S> direction[2];
+};
+
+// How many rows of a weight's gradient one thread works on at a time.
+inline constexpr int64_t kGradientRows = 24;
+
+}  // namespace fusedrnn
