@@ -35,6 +35,20 @@ inline constexpr int saved_blocks(Cell cell) {
 }
 inline constexpr bool has_cell_state(Cell cell) { return cell == Cell::kLstm; }
 
+// Which gate (row block of W_ih, W_hh) each block of dgates belongs to on either side, -1: none.
+struct GradientBlocks {
+  int count;        // blocks
+  int gates;        // of either side; the input side is the last `gates` blocks
+  int input_gate[4], hidden_gate[4];
+  constexpr int input_begin() const { return count - gates; }
+};
+
+inline constexpr GradientBlocks gradient_blocks(Cell cell) {
+  if (cell == Cell::kLstm) return {4, 4, {0, 1, 2, 3}, {0, 1, 2, 3}};
+  if (cell == Cell::kGru) return {4, 3, {-1, 0, 1, 2}, {2, 0, 1, -1}};
+  return {1, 1, {0}, {0}};
+}
+
 // Which packed rows a step has, and where they lie in the caller's tensors.
 struct Schedule {
   int64_t steps;          // T

@@ -8,20 +8,6 @@
 
 FUSEDRNN_ISA_BEGIN
 
-// Columns of dgates, in blocks of Hp: those that W_hh h went into come first, see recurrence.h.
-template <Cell kCell>
-struct GradientBlocks {
-  static constexpr int count = saved_blocks(kCell);
-  static constexpr int gates = gate_blocks(kCell);
-  static constexpr int input_begin = count - gates;  // the input side is the last `gates` blocks
-  // The gate that block q belongs to on either side, or -1: none.
-  static constexpr int hidden_gate(int q) {
-    if (kCell == Cell::kGru) return q == 0 ? 2 : q == 3 ? -1 : q - 1;
-    return q;
-  }
-  static constexpr int input_gate(int q) { return q < input_begin ? -1 : q - input_begin; }
-};
-
 template <Cell kCell, class S>
 class BackwardChunk {
  public:
@@ -49,7 +35,7 @@ class BackwardChunk {
     pack_by_column<kStepVectors>(d_.packed.recurrent, sizes_.output, k, rows, own_output_panels_,
                                  [&](int64_t i) -> const S* {
                                    const int64_t unit = i % hidden_;
-                                   const int gate = Blocks::hidden_gate(i / hidden_);
+                                   const int gate = kBlocks.hidden_gate[i / hidden_];
                                    if (unit >= sizes_.hidden) return nullptr;
                                    return w.w_hh + (gate * sizes_.hidden + unit) * sizes_.output;
                                  });
@@ -73,18 +59,20 @@ class BackwardChunk {
   }
 
  private:
-  using Blocks = GradientBlocks<kCell>;
-  static constexpr int kRecurrentBlocks = Blocks::gates;
+  static constexpr GradientBlocks kBlocks = gradient_blocks(kCell);
+  static constexpr int kRecurrentBlocks = kBlocks.gates;
   static constexpr int kWidth = kStepVectors * kLanes<S>;
+  // Off the hot path low tiles are enough: less code, faster to compile.
+  static constexpr int kSideRows = 4;
 
   S* dgates(int64_t packed_row) const {
-    return d_.dgates + (packed_row - first_row_) * (Blocks::count * hidden_);
+    return d_.dgates + (packed_row - first_row_) * (kBlocks.count * hidden_);
   }
 
   // dgates of step u, which was walked just before, in this chunk or at the end of the last one.
   const S* dgates_of(int64_t u, int64_t b) const {
     if (u >= d_.chunk.begin && u < d_.chunk.end) return dgates(schedule_.row0[u] + b);
-    return d_.dgates_next + b * (Blocks::count * hidden_);
+    return d_.dgates_next + b * (kBlocks.count * hidden_);
   }
 
   void step(int64_t t) const {
@@ -95,38 +83,29 @@ class BackwardChunk {
     const Range starting = {std::max(mine.begin, rows_before), mine.end};
     if (sizes_.projected) {
       // dh passes through W_hr before it meets the cell.
-      output_gradient(t, u, going_on, starting);
+      output_gradients(t, u, going_on, false);
+      output_gradients(t, u, starting, true);
       slot_.wait_parts();
-      cell_gradient_of_projection(t, u, mine);
+      cell_gradients_of_projection(t, u, mine);
     } else {
-      dh_product(u, going_on, [&](const auto& tile, int64_t b, int64_t panel)
-                                  __attribute__((always_inline)) { apply(tile, t, u, b, panel, false); });
-      no_product(starting, [&](const auto& tile, int64_t b, int64_t panel)
-                               __attribute__((always_inline)) { apply(tile, t, u, b, panel, true); });
+      cell_gradients(t, u, going_on, false);
+      cell_gradients(t, u, starting, true);
     }
     finish(u, {std::max(own_rows_.begin, rows), std::min(own_rows_.end, rows_before)});
     slot_.wait_parts();
   }
 
-  // Tiles of the dgates of step u times W_hh; zero where the state that entered u had been reset.
-  template <class Epilogue>
-  void dh_product(int64_t u, Range rows, Epilogue epilogue) const {
+  // Tiles of the dgates of step u times W_hh: zero where the state that entered u had been reset,
+  // and for `starting` rows, whose last step it was: nothing comes from later steps.
+  template <int MostRows, class Epilogue>
+  FUSEDRNN_HD void dh_product(int64_t u, Range rows, bool starting, Epilogue epilogue) const {
     const int64_t k = kRecurrentBlocks * hidden_;
     const auto row_at = [&](int64_t b) {
-      return is_reset(d_.reset, schedule_, u, b) ? zeros_ : dgates_of(u, b);
+      return starting || is_reset(d_.reset, schedule_, u, b) ? zeros_ : dgates_of(u, b);
     };
-    product<S, kStepVectors>(rows.begin, rows.end, own_output_panels_.begin,
-                             own_output_panels_.end, row_at, 1, d_.packed.recurrent, k * kWidth, k,
-                             epilogue);
-  }
-
-  // The same for rows whose last step this is: nothing comes from later steps.
-  template <class Epilogue>
-  void no_product(Range rows, Epilogue epilogue) const {
-    const auto row_at = [&](int64_t) { return zeros_; };
-    product<S, kStepVectors>(rows.begin, rows.end, own_output_panels_.begin,
-                             own_output_panels_.end, row_at, 1, d_.packed.recurrent, 0, 0,
-                             epilogue);
+    product<S, kStepVectors, MostRows>(rows.begin, rows.end, own_output_panels_.begin,
+                                       own_output_panels_.end, row_at, 1, d_.packed.recurrent,
+                                       k * kWidth, starting ? 0 : k, epilogue);
   }
 
   FUSEDRNN_HD Vec<S> outer_gradient(int64_t t, int64_t b, int64_t unit, bool starting) const {
@@ -139,17 +118,29 @@ class BackwardChunk {
     return dh;
   }
 
-  template <int R, int NV>
-  FUSEDRNN_HD void apply(const Tile<S, R, NV>& tile, int64_t t, int64_t u, int64_t b0,
-                         int64_t panel, bool starting) const {
+  // f(b, unit, sum) for every vector of the tile that lies within `limit` units.
+  template <int R, int NV, class F>
+  static FUSEDRNN_HD void each(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel, int64_t limit,
+                               F f) {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < NV; ++v) {
         const int64_t unit = panel * kWidth + v * kLanes<S>;
-        if (unit >= hidden_) break;
-        const Vec<S> dh = tile.sum[r][v] + outer_gradient(t, b0 + r, unit, starting);
-        cell_gradient(t, u, b0 + r, unit, dh);
+        if (unit < limit) f(b0 + r, unit, tile.sum[r][v]);
       }
     }
+  }
+
+  __attribute__((noinline)) void cell_gradients(int64_t t, int64_t u, Range rows,
+                                                bool starting) const {
+    dh_product<kTileRows<S, kStepVectors>>(
+        u, rows, starting,
+        [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
+          each(tile, b0, panel, hidden_,
+               [&](int64_t b, int64_t unit, Vec<S> sum) __attribute__((always_inline)) {
+                 const Vec<S> dh = sum + outer_gradient(t, b, unit, starting);
+                 cell_gradient(t, u, b, unit, dh);
+               });
+        });
   }
 
   FUSEDRNN_HD void cell_gradient(int64_t t, int64_t u, int64_t b, int64_t unit, Vec<S> dh) const {
@@ -201,60 +192,50 @@ class BackwardChunk {
     }
   }
 
-  void output_gradient(int64_t t, int64_t u, Range going_on, Range starting) const {
-    const auto put = [&](bool is_starting) {
-      return [=, this]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel) {
-        for (int r = 0; r < R; ++r) {
-          for (int v = 0; v < NV; ++v) {
-            const int64_t unit = panel * kWidth + v * kLanes<S>;
-            if (unit >= output_) break;
-            const int64_t row = schedule_.row0[t] + b0 + r - first_row_;
-            store(d_.dh + row * output_ + unit,
-                  tile.sum[r][v] + outer_gradient(t, b0 + r, unit, is_starting));
-          }
-        }
-      };
-    };
-    dh_product(u, going_on, put(false));
-    no_product(starting, put(true));
+  // With a projection: dh of step t into d_.dh.
+  __attribute__((noinline)) void output_gradients(int64_t t, int64_t u, Range rows,
+                                                  bool starting) const {
+    const int64_t row0 = schedule_.row0[t] - first_row_;
+    dh_product<kSideRows>(
+        u, rows, starting,
+        [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
+          each(tile, b0, panel, output_,
+               [&](int64_t b, int64_t unit, Vec<S> sum) __attribute__((always_inline)) {
+                 store(d_.dh + (row0 + b) * output_ + unit,
+                       sum + outer_gradient(t, b, unit, starting));
+               });
+        });
   }
 
-  void cell_gradient_of_projection(int64_t t, int64_t u, Range rows) const {
+  __attribute__((noinline)) void cell_gradients_of_projection(int64_t t, int64_t u,
+                                                              Range rows) const {
     const int64_t row0 = schedule_.row0[t] - first_row_;
     const auto row_at = [&](int64_t b) { return d_.dh + (row0 + b) * output_; };
-    const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
-                              __attribute__((always_inline)) {
-      for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < NV; ++v) {
-          const int64_t unit = panel * kWidth + v * kLanes<S>;
-          if (unit < hidden_) cell_gradient(t, u, b0 + r, unit, tile.sum[r][v]);
-        }
-      }
-    };
-    product<S, kStepVectors>(rows.begin, rows.end, own_hidden_panels_.begin,
-                             own_hidden_panels_.end, row_at, 1, d_.packed.projection,
-                             sizes_.output * kWidth, sizes_.output, epilogue);
+    product<S, kStepVectors, kSideRows>(
+        rows.begin, rows.end, own_hidden_panels_.begin, own_hidden_panels_.end, row_at, 1,
+        d_.packed.projection, sizes_.output * kWidth, sizes_.output,
+        [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
+          each(tile, b0, panel, hidden_,
+               [&](int64_t b, int64_t unit, Vec<S> sum)
+                   __attribute__((always_inline)) { cell_gradient(t, u, b, unit, sum); });
+        });
   }
 
   // The gradient of the initial state of rows whose first step, in forward order, was u.
-  void finish(int64_t u, Range rows) const {
+  __attribute__((noinline)) void finish(int64_t u, Range rows) const {
     if (rows.size() <= 0) return;
     const auto is_cut = [&](int64_t b) { return is_reset(d_.reset, schedule_, u, b); };
     if (d_.dh0 != nullptr) {
-      const auto put = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel) {
-        for (int r = 0; r < R; ++r) {
-          for (int v = 0; v < NV; ++v) {
-            const int64_t unit = panel * kWidth + v * kLanes<S>;
-            if (unit >= sizes_.output) break;
-            const int64_t b = b0 + r;
-            Vec<S> dh = tile.sum[r][v];
-            if (kCell == Cell::kGru && !is_cut(b)) dh += load(d_.carry + b * hidden_ + unit);
-            store(d_.dh0 + caller_row(schedule_, b) * sizes_.output + unit, dh,
-                  sizes_.output - unit);
-          }
-        }
-      };
-      dh_product(u, rows, put);
+      dh_product<kSideRows>(
+          u, rows, false,
+          [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
+            each(tile, b0, panel, sizes_.output,
+                 [&](int64_t b, int64_t unit, Vec<S> dh) __attribute__((always_inline)) {
+                   if (kCell == Cell::kGru && !is_cut(b)) dh += load(d_.carry + b * hidden_ + unit);
+                   store(d_.dh0 + caller_row(schedule_, b) * sizes_.output + unit, dh,
+                         sizes_.output - unit);
+                 });
+          });
     }
     if (d_.dc0 != nullptr) {
       const int64_t begin = own_hidden_panels_.begin * kWidth;

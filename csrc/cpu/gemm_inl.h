@@ -5,6 +5,7 @@
 // gates of a unit in registers and its epilogue can apply the cell's equations there.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cpu/vec.h"
@@ -12,8 +13,9 @@
 FUSEDRNN_ISA_BEGIN
 
 // Rows of a tile of NV vectors: the sums fill the registers and leave some for the operands.
-template <int NV>
-inline constexpr int kTileRows = FUSEDRNN_ACCUMULATORS / NV < 8 ? FUSEDRNN_ACCUMULATORS / NV : 8;
+// Double is there for proofs more than for speed: lower tiles, less code.
+template <class S, int NV>
+inline constexpr int kTileRows = std::min(FUSEDRNN_ACCUMULATORS / NV, sizeof(S) == 8 ? 4 : 8);
 
 template <class S, int R, int NV>
 struct Tile {
@@ -81,20 +83,19 @@ FUSEDRNN_HD void with_height(int64_t height, F f) {
 // Tiles over rows [row_begin, row_end) and panels [panel_begin, panel_end); row_at(row) points to a
 // row's first element, epilogue(tile, row, panel) takes each finished tile. Tiles are as equal in
 // height as can be: eight rows are four and four, not six and two.
-template <class S, int NV, class RowAt, class Epilogue>
+template <class S, int NV, int MostRows = kTileRows<S, NV>, class RowAt, class Epilogue>
 FUSEDRNN_HD void product(int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                          RowAt row_at, int64_t a_step, const S* packed, int64_t panel_size,
                          int64_t k, Epilogue epilogue) {
-  constexpr int most = kTileRows<NV>;
   const int64_t rows = row_end - row_begin;
   if (rows <= 0) return;
-  const int64_t tiles = (rows + most - 1) / most;
+  const int64_t tiles = (rows + MostRows - 1) / MostRows;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const S* weights = packed + panel * panel_size;
     int64_t row = row_begin;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t height = rows * (t + 1) / tiles - rows * t / tiles;
-      with_height<most>(height, [&](auto r) __attribute__((always_inline)) {
+      with_height<MostRows>(height, [&](auto r) __attribute__((always_inline)) {
         multiply_rows<S, NV, decltype(r)::value>(row, panel, row_at, a_step, weights, k, epilogue);
       });
       row += height;

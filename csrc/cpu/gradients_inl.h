@@ -13,12 +13,13 @@ FUSEDRNN_ISA_BEGIN
 // k is cut so that a block of a panel stays in a private cache while all rows pass by.
 inline constexpr int64_t kBlockK = 512;
 
-template <Cell kCell, class S>
+template <class S>
 class ChunkGradients {
  public:
-  ChunkGradients(const BackwardArgs<S>& args, const BackwardDirection<S>& direction,
+  ChunkGradients(Cell cell, const BackwardArgs<S>& args, const BackwardDirection<S>& direction,
                  const Slot& slot)
-      : args_(args),
+      : blocks_(gradient_blocks(cell)),
+        args_(args),
         sizes_(args.sizes),
         schedule_(args.schedule),
         d_(direction),
@@ -32,7 +33,7 @@ class ChunkGradients {
   // W_ih by input column, for dx.
   void pack() const {
     if (args_.dx == nullptr) return;
-    const int64_t k = Blocks::gates * hidden_;
+    const int64_t k = blocks_.gates * hidden_;
     pack_by_column<kChunkVectors>(
         d_.packed.input, sizes_.input, k, share(k, slot_.thread, slot_.threads),
         Range{0, panel_count<S>(sizes_.input, kChunkVectors)}, [&](int64_t i) -> const S* {
@@ -61,7 +62,6 @@ class ChunkGradients {
   }
 
  private:
-  using Blocks = GradientBlocks<kCell>;
   static constexpr int64_t kWidth = kChunkVectors * kLanes<S>;
 
   const S* x_at(int64_t row) const {
@@ -132,13 +132,13 @@ class ChunkGradients {
   void weight_gradients() const {
     const int64_t units = sizes_.hidden;
     const int64_t per_block = (units + kGradientRows - 1) / kGradientRows;
-    const Range mine = share(Blocks::count * per_block, slot_.thread, slot_.threads);
+    const Range mine = share(blocks_.count * per_block, slot_.thread, slot_.threads);
     for (int64_t i = mine.begin; i < mine.end; ++i) {
       const int block = static_cast<int>(i / per_block);
       const int64_t unit = i % per_block * kGradientRows;
       const int64_t width = std::min(kGradientRows, units - unit);
-      take_columns(d_.dgates + block * hidden_ + unit, Blocks::count * hidden_, width);
-      const int input_gate = Blocks::input_gate(block), hidden_gate = Blocks::hidden_gate(block);
+      take_columns(d_.dgates + block * hidden_ + unit, blocks_.count * hidden_, width);
+      const int input_gate = blocks_.input_gate[block], hidden_gate = blocks_.hidden_gate[block];
       if (input_gate >= 0) {
         const int64_t row = input_gate * units + unit;
         if (d_.dw_ih != nullptr) add_outer(d_.dw_ih + row * sizes_.input, sizes_.input, width, 0);
@@ -165,10 +165,10 @@ class ChunkGradients {
   }
 
   void input_gradient(Range rows) const {
-    const int64_t all = Blocks::gates * hidden_;
-    const S* dgates = d_.dgates + Blocks::input_begin * hidden_;
+    const int64_t all = blocks_.gates * hidden_;
+    const S* dgates = d_.dgates + blocks_.input_begin() * hidden_;
     for (int64_t k = 0; k < all; k += kBlockK) {
-      const auto row_at = [&](int64_t row) { return dgates + row * (Blocks::count * hidden_) + k; };
+      const auto row_at = [&](int64_t row) { return dgates + row * (blocks_.count * hidden_) + k; };
       const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
                                                int64_t panel) __attribute__((always_inline)) {
         add_tile(tile, panel, sizes_.input, [&](int r) {
@@ -182,6 +182,7 @@ class ChunkGradients {
     }
   }
 
+  const GradientBlocks blocks_;
   const BackwardArgs<S>& args_;
   const Sizes& sizes_;
   const Schedule& schedule_;
@@ -199,7 +200,7 @@ void backward_chunk(const BackwardArgs<S>& args, const Slot& slot) {
       BackwardChunk<kCell, S>(args, args.direction[i], slot).pack();
     }
     for (int i = 0; i < args.directions; ++i) {
-      ChunkGradients<kCell, S>(args, args.direction[i], slot).pack();
+      ChunkGradients<S>(kCell, args, args.direction[i], slot).pack();
     }
     slot.wait_team();
   }
@@ -208,7 +209,7 @@ void backward_chunk(const BackwardArgs<S>& args, const Slot& slot) {
   }
   slot.wait_team();
   for (int i = 0; i < args.directions; ++i) {
-    ChunkGradients<kCell, S>(args, args.direction[i], slot).accumulate();
+    ChunkGradients<S>(kCell, args, args.direction[i], slot).accumulate();
   }
 }
 
