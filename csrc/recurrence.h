@@ -79,7 +79,8 @@ struct Weights {
 };
 
 // The same, in the order in which the kernels read them; the caller owns the memory, the kernels
-// fill it at the first chunk. A panel is [K][columns of the panel], see cpu/gemm_inl.h.
+// fill it at the first chunk. A panel is [K][columns of the panel], see cpu/gemm_inl.h. In a forward
+// call too short to pay for it, all but the biases are null and the weights are read as they lie.
 template <class S>
 struct PackedWeights {
   S* input;      // forward: W_ih by hidden unit; backward: W_ih by input column

@@ -63,7 +63,7 @@ class BackwardChunk {
   static constexpr int kRecurrentBlocks = kBlocks.gates;
   static constexpr int kWidth = kStepVectors * kLanes<S>;
   // Off the hot path low tiles are enough: less code, faster to compile.
-  static constexpr int kSideRows = 4;
+  static constexpr int kSideRows = 3;
 
   S* dgates(int64_t packed_row) const {
     return d_.dgates + (packed_row - first_row_) * (kBlocks.count * hidden_);

@@ -49,17 +49,19 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     dir.gates_stride = save && direct ? layer.directions * gates_width : gates_width;
     dir.cells_stride = layer.directions * hidden;
     if (save && has_cell_state(layer.cell)) dir.cells = cells.mutable_data_ptr<S>() + d * hidden;
-    scratch.want(&dir.packed.input, input_gates * sizes.input);
-    scratch.want(&dir.packed.recurrent, input_gates * sizes.output);
+    if (worth_packing(work)) {
+      scratch.want(&dir.packed.input, input_gates * sizes.input);
+      scratch.want(&dir.packed.recurrent, input_gates * sizes.output);
+      if (sizes.projected) {
+        scratch.want(&dir.packed.projection, whole_panels(output) * sizes.hidden);
+      }
+    }
     scratch.want(&dir.packed.bias, input_gates);
     scratch.want(&dir.packed.bias_hn, hidden);
     scratch.want(&dir.h[0], layer.batch * output);
     scratch.want(&dir.h[1], layer.batch * output);
     if (has_cell_state(layer.cell)) scratch.want(&dir.c, layer.batch * hidden);
-    if (sizes.projected) {
-      scratch.want(&dir.packed.projection, whole_panels(output) * sizes.hidden);
-      scratch.want(&dir.h_tilde, layer.batch * hidden);
-    }
+    if (sizes.projected) scratch.want(&dir.h_tilde, layer.batch * hidden);
     if (!(save && direct)) scratch.want(&dir.gates, most_rows * gates_width);
   }
   scratch.allocate();

@@ -81,6 +81,8 @@ class ForwardChunk {
       return Range{panels.begin + r.begin, panels.begin + r.end};
     };
     const Weights<S>& w = d_.weights;
+    pack_bias(mine(own_panels_));
+    if (d_.packed.input == nullptr) return;
     pack_by_unit<kGates>(d_.packed.input, w.w_ih, sizes_.hidden, sizes_.input, mine(own_panels_));
     pack_by_unit<kGates>(d_.packed.recurrent, w.w_hh, sizes_.hidden, sizes_.output,
                          mine(own_panels_));
@@ -88,7 +90,6 @@ class ForwardChunk {
       pack_by_unit<1>(d_.packed.projection, w.w_hr, sizes_.output, sizes_.hidden,
                       mine(own_output_panels_));
     }
-    pack_bias(mine(own_panels_));
   }
 
   void project() const {
@@ -105,9 +106,8 @@ class ForwardChunk {
               tile.sum[r][v] + load(d_.packed.bias + at));
       });
     };
-    product<S, Panel::vectors>(mine.begin, mine.end, own_panels_.begin, own_panels_.end, row_at, 1,
-                               d_.packed.input, panel_size<Panel>(sizes_.input), sizes_.input,
-                               epilogue);
+    multiply_units<kGates>(mine, own_panels_, row_at, d_.packed.input, d_.weights.w_ih,
+                           sizes_.hidden, sizes_.input, epilogue);
   }
 
   void walk() {
@@ -124,9 +124,18 @@ class ForwardChunk {
   using Panel = UnitPanel<kGates>;
   using OutputPanel = UnitPanel<1>;
 
-  template <class P>
-  static int64_t panel_size(int64_t k) {
-    return k * P::vectors * kLanes<S>;
+  // Products with panels of units, packed, or from the weights as they lie.
+  template <int Gates, class RowAt, class Epilogue>
+  FUSEDRNN_HD static void multiply_units(Range rows, Range panels, RowAt row_at, const S* packed,
+                                         const S* weights, int64_t units, int64_t k,
+                                         Epilogue epilogue) {
+    constexpr int vectors = UnitPanel<Gates>::vectors;
+    if (packed == nullptr) {
+      product_by_unit<Gates, S>(rows, panels, row_at, weights, units, k, epilogue);
+    } else {
+      product<S, vectors>(rows.begin, rows.end, panels.begin, panels.end, row_at, 1, packed,
+                          k * vectors * kLanes<S>, k, epilogue);
+    }
   }
 
   // f(r, v, unit) for every vector of the tile that lies within `limit` units.
@@ -200,9 +209,8 @@ class ForwardChunk {
         }
       }
     };
-    product<S, Panel::vectors>(mine.begin, mine.end, own_panels_.begin, own_panels_.end, h_prev, 1,
-                               d_.packed.recurrent, panel_size<Panel>(sizes_.output),
-                               sizes_.output, apply);
+    multiply_units<kGates>(mine, own_panels_, h_prev, d_.packed.recurrent, d_.weights.w_hh,
+                           sizes_.hidden, sizes_.output, apply);
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {
         slot_.wait_parts();
@@ -218,9 +226,8 @@ class ForwardChunk {
             }
           }
         };
-        product<S, OutputPanel::vectors>(mine.begin, mine.end, own_output_panels_.begin,
-                                         own_output_panels_.end, h_tilde, 1, d_.packed.projection,
-                                         panel_size<OutputPanel>(sizes_.hidden), sizes_.hidden, put);
+        multiply_units<1>(mine, own_output_panels_, h_tilde, d_.packed.projection,
+                          d_.weights.w_hr, sizes_.output, sizes_.hidden, put);
       }
     }
     keep_final(t, mine, h_write);

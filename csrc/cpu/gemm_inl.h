@@ -15,7 +15,7 @@ FUSEDRNN_ISA_BEGIN
 // Rows of a tile of NV vectors: the sums fill the registers and leave some for the operands.
 // Double is there for proofs more than for speed: lower tiles, less code.
 template <class S, int NV>
-inline constexpr int kTileRows = std::min(FUSEDRNN_ACCUMULATORS / NV, sizeof(S) == 8 ? 4 : 8);
+inline constexpr int kTileRows = std::min(FUSEDRNN_ACCUMULATORS / NV, sizeof(S) == 8 ? 3 : 6);
 
 template <class S, int R, int NV>
 struct Tile {

@@ -23,8 +23,12 @@ constexpr double kWorthATeam = 4e5;
 // Below this many a step, the barrier at its end does.
 constexpr double kWorthABarrier = 1.2e4;
 constexpr int64_t kRowsPerGroup = 4;
+// Packing costs about as much as this many products of each weight with one row.
+constexpr int64_t kWorthPacking = 12;
 
 }  // namespace
+
+bool worth_packing(const Workload& work) { return work.pairs >= kWorthPacking; }
 
 Plan plan_team(const Workload& work, int threads) {
   Plan plan;

@@ -20,6 +20,9 @@ struct Workload {
   int products;        // per weight, step and row: 1 forward, 3 with backward
 };
 
+// Whether a forward call is long enough to pay for packing its weights.
+bool worth_packing(const Workload& work);
+
 Plan plan_team(const Workload& work, int threads);
 
 // Bounds b[0] = 0 < b[1] < ... = T of the chunks of time.
