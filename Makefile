@@ -81,7 +81,7 @@ $(VENV)/.stamp-%: requirements/%.txt requirements/build.txt requirements/dev.txt
 endif
 
 # A change of interpreter or of torch must rebuild: this file changes when they do, and only then.
-build/.given: FORCE
+build/.given: FORCE | $(if $(VENV),$(ENV))
 	@mkdir -p build
 	@sh scripts/python_id.sh "$(PY)" > $@.new
 	@if cmp -s $@ $@.new; then rm $@.new; else mv $@.new $@; fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -71,6 +72,9 @@ class Build(BuildExtension):
 def main() -> None:
     # ninja's own default is cores + 2 compilers at once; a torch file takes over 1 GB.
     os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+    # The same name by every way in (make exports it): ninja compiles anew where a command changes.
+    if shutil.which("g++"):
+        os.environ.setdefault("CXX", "g++")
     extension = CppExtension(
         name="fusedrnn._C",
         sources=[*sources("*.cpp"), *sources("cpu/*.cpp"), *cuda_sources()],

@@ -7,7 +7,7 @@
 #pragma once
 
 #ifndef FUSEDRNN_ISA
-#define FUSEDRNN_ISA generic
+  #define FUSEDRNN_ISA generic
 #endif
 
 #define FUSEDRNN_ISA_BEGIN \
@@ -19,7 +19,7 @@
 
 // Host and device, always inlined: values wider than a register must not cross a call.
 #ifdef __CUDACC__
-#define FUSEDRNN_HD __host__ __device__ __forceinline__
+  #define FUSEDRNN_HD __host__ __device__ __forceinline__
 #else
-#define FUSEDRNN_HD inline __attribute__((always_inline))
+  #define FUSEDRNN_HD inline __attribute__((always_inline))
 #endif

@@ -32,9 +32,9 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
       packed(in.batch_sizes.has_value()),
       dtype(in.x.scalar_type()) {
   const at::Tensor& x = in.x;
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
-                       dtype == at::kHalf,
-                   "x: expected a float32, float64, bfloat16 or float16 tensor, got ", dtype);
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+      "x: expected a float32, float64, bfloat16 or float16 tensor, got ", dtype);
   accumulate = dtype == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(x.dim() == (packed ? 2 : 3), "x: expected shape ",
                     packed ? "(N, input_size)" : "(T, B, input_size)", ", got ", x.sizes());
@@ -42,10 +42,10 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
   const int biases = has_biases ? 2 : 0;
   const int64_t count = static_cast<int64_t>(in.params.size());
   params_per_direction = static_cast<int>(count / directions);
-  TORCH_CHECK_VALUE(count % directions == 0 && (params_per_direction == 2 + biases ||
-                                                params_per_direction == 3 + biases),
-                    "params: expected ", 2 + biases, " or ", 3 + biases,
-                    " tensors for each of ", directions, " directions, got ", count);
+  TORCH_CHECK_VALUE(count % directions == 0 &&
+                        (params_per_direction == 2 + biases || params_per_direction == 3 + biases),
+                    "params: expected ", 2 + biases, " or ", 3 + biases, " tensors for each of ",
+                    directions, " directions, got ", count);
   sizes.projected = params_per_direction == 3 + biases;
   TORCH_CHECK_VALUE(!sizes.projected || cell == Cell::kLstm,
                     "params: only the LSTM has a projection");
@@ -53,8 +53,8 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
   const at::Tensor& w_hh = in.params[1];
   const int gates = gate_blocks(cell);
   TORCH_CHECK_VALUE(w_ih.dim() == 2 && w_ih.size(0) > 0 && w_ih.size(0) % gates == 0,
-                    "params[0] (w_ih): expected shape (", gates, " * hidden_size, input_size), got ",
-                    w_ih.sizes());
+                    "params[0] (w_ih): expected shape (", gates,
+                    " * hidden_size, input_size), got ", w_ih.sizes());
   TORCH_CHECK_VALUE(w_hh.dim() == 2, "params[1] (w_hh): expected 2 dimensions, got ", w_hh.dim());
   sizes.input = x.size(-1);
   sizes.hidden = w_ih.size(0) / gates;
@@ -73,10 +73,10 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
 
   if (packed) {
     const at::Tensor& b = *in.batch_sizes;
-    TORCH_CHECK_VALUE(b.dim() == 1 && b.size(0) > 0 && b.scalar_type() == at::kLong &&
-                          b.device().is_cpu(),
-                      "batch_sizes: expected a non-empty int64 CPU tensor of shape (T,), got ",
-                      b.scalar_type(), " ", b.sizes(), " on ", b.device());
+    TORCH_CHECK_VALUE(
+        b.dim() == 1 && b.size(0) > 0 && b.scalar_type() == at::kLong && b.device().is_cpu(),
+        "batch_sizes: expected a non-empty int64 CPU tensor of shape (T,), got ", b.scalar_type(),
+        " ", b.sizes(), " on ", b.device());
     TORCH_CHECK_VALUE(!in.lengths && !in.reset, in.lengths ? "lengths" : "reset",
                       ": not accepted together with batch_sizes");
     steps = b.size(0);
@@ -101,10 +101,10 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
                       x.sizes());
   }
   if (in.lengths) {
-    TORCH_CHECK_TYPE(in.lengths->scalar_type() == at::kLong,
-                     "lengths: expected dtype int64, got ", in.lengths->scalar_type());
-    TORCH_CHECK_VALUE(in.lengths->sizes() == at::IntArrayRef({batch}),
-                      "lengths: expected shape [", batch, "], got ", in.lengths->sizes());
+    TORCH_CHECK_TYPE(in.lengths->scalar_type() == at::kLong, "lengths: expected dtype int64, got ",
+                     in.lengths->scalar_type());
+    TORCH_CHECK_VALUE(in.lengths->sizes() == at::IntArrayRef({batch}), "lengths: expected shape [",
+                      batch, "], got ", in.lengths->sizes());
   }
   if (in.reset) {
     TORCH_CHECK_TYPE(in.reset->scalar_type() == at::kBool, "reset: expected dtype bool, got ",

@@ -31,10 +31,10 @@ struct Layer {
   int directions;
   int params_per_direction;
   bool has_biases;
-  bool packed;        // x is (N, I) with batch_sizes
-  int64_t steps;      // T
-  int64_t batch;      // B
-  int64_t rows;       // rows of x: T * B, or N
+  bool packed;    // x is (N, I) with batch_sizes
+  int64_t steps;  // T
+  int64_t batch;  // B
+  int64_t rows;   // rows of x: T * B, or N
   at::ScalarType dtype;
   at::ScalarType accumulate;  // of the arithmetic and of the cell state
 

@@ -37,8 +37,8 @@ inline constexpr bool has_cell_state(Cell cell) { return cell == Cell::kLstm; }
 
 // Which gate (row block of W_ih, W_hh) each block of dgates belongs to on either side, -1: none.
 struct GradientBlocks {
-  int count;        // blocks
-  int gates;        // of either side; the input side is the last `gates` blocks
+  int count;  // blocks
+  int gates;  // of either side; the input side is the last `gates` blocks
   int input_gate[4], hidden_gate[4];
   constexpr int input_begin() const { return count - gates; }
 };
@@ -56,7 +56,8 @@ struct Schedule {
   const int64_t* rows;    // (T), non-increasing
   const int64_t* row0;    // (T + 1)
   const int64_t* io_row;  // (N) packed row -> row of x, y, dx, dy; null: the same
-  const int64_t* order;   // (B) sorted row -> row of h_n and of the states' gradients; null: the same
+  const int64_t*
+      order;  // (B) sorted row -> row of h_n and of the states' gradients; null: the same
 };
 
 struct Sizes {
@@ -79,15 +80,16 @@ struct Weights {
 };
 
 // The same, in the order in which the kernels read them; the caller owns the memory, the kernels
-// fill it at the first chunk. A panel is [K][columns of the panel], see cpu/gemm_inl.h. In a forward
-// call too short to pay for it, all but the biases are null and the weights are read as they lie.
+// fill it at the first chunk. A panel is [K][columns of the panel], see cpu/gemm_inl.h. In a
+// forward call too short to pay for it, all but the biases are null and the weights are read as
+// they lie.
 template <class S>
 struct PackedWeights {
-  S* input;      // forward: W_ih by hidden unit; backward: W_ih by input column
-  S* recurrent;  // forward: W_hh by hidden unit; backward: W_hh by output column
-  S* projection; // forward: W_hr by output column; backward: by hidden unit
-  S* bias;       // forward: (G, Hp), b_ih + b_hh where they may be added up
-  S* bias_hn;    // forward, GRU: (Hp), b_hn
+  S* input;       // forward: W_ih by hidden unit; backward: W_ih by input column
+  S* recurrent;   // forward: W_hh by hidden unit; backward: W_hh by output column
+  S* projection;  // forward: W_hr by output column; backward: by hidden unit
+  S* bias;        // forward: (G, Hp), b_ih + b_hh where they may be added up
+  S* bias_hn;     // forward, GRU: (Hp), b_hn
 };
 
 // A range of steps, [begin, end) in time whatever the direction. Chunks are handed to the kernels
@@ -103,16 +105,17 @@ struct ForwardDirection {
   Chunk chunk;
   Weights<S> weights;
   PackedWeights<S> packed;
-  const S* x;            // (io rows, I)
-  S* y;                  // (io rows, y_stride), this direction's P columns
+  const S* x;  // (io rows, I)
+  S* y;        // (io rows, y_stride), this direction's P columns
   int64_t y_stride;
-  S* gates;              // packed rows of the chunk, (., gates_stride): projected gates, then what is saved
+  S* gates;  // packed rows of the chunk, (., gates_stride): projected gates, then what is saved
   int64_t gates_stride;  // >= saved_blocks * Hp
   S* cells;              // packed rows of the whole sequence, (., cells_stride), or null; LSTM
   int64_t cells_stride;
-  S* h[2];               // (B, Pp), sorted rows: the state, read from and written to in turns; both hold h0 at first
-  int turn;              // which of the two the chunk's first step reads
-  S* c;                  // (B, Hp), sorted rows: the LSTM's cell state, in place; holds c0 at first
+  S* h[2];   // (B, Pp), sorted rows: the state, read from and written to in turns; both hold h0 at
+             // first
+  int turn;  // which of the two the chunk's first step reads
+  S* c;      // (B, Hp), sorted rows: the LSTM's cell state, in place; holds c0 at first
   S* h_tilde;            // (B, Hp): o tanh(c) before a projection
   S* h_n;                // (B, P), caller's rows: written for every row that has a step
   const uint8_t* reset;  // (N): the state entering the step is zero; or null
@@ -123,8 +126,8 @@ struct ForwardArgs {
   Sizes sizes;
   Schedule schedule;
   int directions;
-  bool save;           // keep activated gates (and cells) for backward
-  const S* zeros;      // (4 Hp)
+  bool save;       // keep activated gates (and cells) for backward
+  const S* zeros;  // (4 Hp)
   ForwardDirection<S> direction[2];
 };
 
@@ -134,24 +137,25 @@ struct BackwardDirection {
   Chunk chunk;
   Weights<S> weights;
   PackedWeights<S> packed;
-  const S* x;              // (io rows, I)
-  const S* y;              // (io rows, y_stride)
+  const S* x;  // (io rows, I)
+  const S* y;  // (io rows, y_stride)
   int64_t y_stride;
-  const S* dy;             // (io rows, dy_stride), or null
+  const S* dy;  // (io rows, dy_stride), or null
   int64_t dy_stride;
-  const S* gates;          // packed rows of the chunk, (., gates_stride)
+  const S* gates;  // packed rows of the chunk, (., gates_stride)
   int64_t gates_stride;
-  const S* cells;          // packed rows of the whole sequence, (., cells_stride)
+  const S* cells;  // packed rows of the whole sequence, (., cells_stride)
   int64_t cells_stride;
-  const S *h0, *c0;        // (B, Pp), (B, Hp), sorted rows, zeros where not given
-  const S* dh_n;           // (B, Pp), sorted rows, or null
-  S* dgates;               // packed rows of the chunk, (., saved_blocks * Hp): scratch
-  const S* dgates_next;    // (B, .): dgates of the step walked just before this chunk; null at the first chunk
-  S* carry;                // (B, Hp): LSTM dc, GRU dh z; holds dc_n (LSTM) or zeros at first
-  S* dh;                   // packed rows of the chunk, (., Pp): dh before a projection; or null
-  S* h_tilde;              // packed rows of the chunk, (., Hp); or null
-  S *dh0, *dc0;            // (B, P), (B, H), caller's rows; or null: not wanted
-  S *dw_ih, *dw_hh;        // like the weights, added to; or null: not wanted
+  const S *h0, *c0;      // (B, Pp), (B, Hp), sorted rows, zeros where not given
+  const S* dh_n;         // (B, Pp), sorted rows, or null
+  S* dgates;             // packed rows of the chunk, (., saved_blocks * Hp): scratch
+  const S* dgates_next;  // (B, .): dgates of the step walked just before this chunk; null at the
+                         // first chunk
+  S* carry;              // (B, Hp): LSTM dc, GRU dh z; holds dc_n (LSTM) or zeros at first
+  S* dh;                 // packed rows of the chunk, (., Pp): dh before a projection; or null
+  S* h_tilde;            // packed rows of the chunk, (., Hp); or null
+  S *dh0, *dc0;          // (B, P), (B, H), caller's rows; or null: not wanted
+  S *dw_ih, *dw_hh;      // like the weights, added to; or null: not wanted
   S *db_ih, *db_hh, *dw_hr;
   const uint8_t* reset;
 };
@@ -161,10 +165,10 @@ struct BackwardArgs {
   Sizes sizes;
   Schedule schedule;
   int directions;
-  const S* zeros;      // (4 Hp)
-  S* dx;               // (io rows, I), added to; or null: not wanted
-  S* panels[2];        // scratch: x and h_prev of a chunk as panels, see gradient_panels_size
-  S* columns;          // scratch: per thread, (chunk rows, kGradientRows)
+  const S* zeros;  // (4 Hp)
+  S* dx;           // (io rows, I), added to; or null: not wanted
+  S* panels[2];    // scratch: x and h_prev of a chunk as panels, see gradient_panels_size
+  S* columns;      // scratch: per thread, (chunk rows, kGradientRows)
   int64_t columns_stride;
   BackwardDirection<S> direction[2];
 };

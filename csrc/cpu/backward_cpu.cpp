@@ -18,7 +18,8 @@ struct BackwardInputs {
   const at::Tensor &y, &gates, &cells;
 };
 
-// Results in the arithmetic's type, zero-initialised where they are added to; undefined: not wanted.
+// Results in the arithmetic's type, zero-initialised where they are added to; undefined: not
+// wanted.
 struct GradientTensors {
   at::Tensor dx, dh0, dc0;
   std::vector<at::Tensor> dparams;
@@ -180,8 +181,7 @@ class BackwardRun {
   // Keeps the gradients that the next chunk's first step still needs.
   void leave_chunk(const BackwardDirection<S>& dir, S* next) const {
     const int64_t t = dir.reverse ? dir.chunk.end - 1 : dir.chunk.begin;
-    const S* from =
-        dir.dgates + (schedule_.row0[t] - schedule_.row0[dir.chunk.begin]) * width_;
+    const S* from = dir.dgates + (schedule_.row0[t] - schedule_.row0[dir.chunk.begin]) * width_;
     std::copy(from, from + schedule_.rows[t] * width_, next);
   }
 
@@ -233,10 +233,9 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
                          const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                          const at::Tensor& x, const OptionalTensor& lengths,
                          const OptionalTensor& batch_sizes, const OptionalTensor& reset,
-                         const OptionalTensor& h0, const OptionalTensor& c0,
-                         at::TensorList params, const at::Tensor& y, const at::Tensor& gates,
-                         const at::Tensor& cells, bool has_biases, bool bidirectional,
-                         c10::List<bool> output_mask) {
+                         const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
+                         const at::Tensor& y, const at::Tensor& gates, const at::Tensor& cells,
+                         bool has_biases, bool bidirectional, c10::List<bool> output_mask) {
   const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
   const Layer layer(mode, in, has_biases, bidirectional);
   const ScheduleStorage storage(layer, in);

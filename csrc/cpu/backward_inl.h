@@ -20,10 +20,8 @@ class BackwardChunk {
         zeros_(args.zeros),
         hidden_(sizes_.hidden_padded()),
         output_(sizes_.output_padded()),
-        own_output_panels_(
-            share(panel_count<S>(output_, kStepVectors), slot.part, slot.parts)),
-        own_hidden_panels_(
-            share(panel_count<S>(hidden_, kStepVectors), slot.part, slot.parts)),
+        own_output_panels_(share(panel_count<S>(output_, kStepVectors), slot.part, slot.parts)),
+        own_hidden_panels_(share(panel_count<S>(hidden_, kStepVectors), slot.part, slot.parts)),
         own_rows_(own_rows(schedule_, slot)),
         first_row_(schedule_.row0[d_.chunk.begin]) {}
 
@@ -146,9 +144,8 @@ class BackwardChunk {
   FUSEDRNN_HD void cell_gradient(int64_t t, int64_t u, int64_t b, int64_t unit, Vec<S> dh) const {
     const int64_t row = schedule_.row0[t] + b;
     S* d = dgates(row) + unit;
-    const auto put = [&](int block, Vec<S> value) __attribute__((always_inline)) {
-      store(d + block * hidden_, value);
-    };
+    const auto put = [&](int block, Vec<S> value)
+                         __attribute__((always_inline)) { store(d + block * hidden_, value); };
     if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
       using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
       const S* h = d_.y + io_row(schedule_, row) * d_.y_stride;

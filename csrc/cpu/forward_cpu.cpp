@@ -100,8 +100,9 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
       if (save && !direct) {
         const int64_t first = schedule.row0[dir.chunk.begin];
         const int64_t rows = schedule.row0[dir.chunk.end] - first;
-        gates.narrow(0, first, rows).select(1, d).copy_(
-            at::from_blob(dir.gates, {rows, gates_width}, h_n.options()));
+        gates.narrow(0, first, rows)
+            .select(1, d)
+            .copy_(at::from_blob(dir.gates, {rows, gates_width}, h_n.options()));
       }
     }
   }
@@ -130,8 +131,8 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   const auto exact = x.options().dtype(layer.accumulate);
   const int64_t directions = layer.directions;
   // Half precision is widened on the way in and rounded on the way out.
-  at::Tensor y = storage.padded ? at::zeros(layer.y_shape(), exact)
-                                : at::empty(layer.y_shape(), exact);
+  at::Tensor y =
+      storage.padded ? at::zeros(layer.y_shape(), exact) : at::empty(layer.y_shape(), exact);
   at::Tensor h_n = at::empty({directions, layer.batch, sizes.output}, exact);
   if (storage.has_empty_rows) {
     if (h0) {
@@ -147,10 +148,14 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   if (save && (lstm || layer.cell == Cell::kGru)) {
     gates = at::empty({layer.rows, directions, 4 * sizes.hidden_padded()}, x.options());
     if (lstm) cells = at::empty({layer.rows, directions, sizes.hidden_padded()}, exact);
+    // What no step reaches: the same call gives the same tensors.
+    const int64_t valid = storage.view.row0[storage.view.steps];
+    for (at::Tensor* saved : {&gates, &cells}) {
+      if (saved->numel() > 0) saved->narrow(0, valid, layer.rows - valid).zero_();
+    }
   }
-  with_scalar(layer, [&]<class S>() {
-    run_forward<S>(layer, storage, in, y, h_n, c_n, gates, cells);
-  });
+  with_scalar(layer,
+              [&]<class S>() { run_forward<S>(layer, storage, in, y, h_n, c_n, gates, cells); });
   return {y.to(layer.dtype), h_n.to(layer.dtype), c_n.to(layer.dtype), gates, cells};
 }
 

@@ -12,14 +12,14 @@ FUSEDRNN_ISA_BEGIN
 template <Cell kCell, class S>
 struct CellForward {
   static constexpr int gates = gate_blocks(kCell);
-  int64_t stride;     // from gate to gate
+  int64_t stride;  // from gate to gate
   bool save;
-  const S* bias_hn;   // GRU
+  const S* bias_hn;  // GRU
   struct Row {
-    S* gates;         // in: W_ih x + biases; out: what is saved
-    S* cells;         // or null
-    const S* state;   // LSTM: c_prev; GRU: h_prev
-    S* c;             // LSTM
+    S* gates;        // in: W_ih x + biases; out: what is saved
+    S* cells;        // or null
+    const S* state;  // LSTM: c_prev; GRU: h_prev
+    S* c;            // LSTM
   };
 
   FUSEDRNN_HD Vec<S> operator()(const Vec<S>* sum, const Row& row, int64_t at) const {
@@ -98,8 +98,8 @@ class ForwardChunk {
     const auto row_at = [&](int64_t row) {
       return d_.x + io_row(schedule_, first_row_ + row) * sizes_.input;
     };
-    const auto epilogue = [&]<class T>(const T& tile, int64_t row, int64_t panel)
-                              __attribute__((always_inline)) {
+    const auto epilogue = [&]<class T>(const T& tile, int64_t row,
+                                       int64_t panel) __attribute__((always_inline)) {
       each(tile, panel, hidden_, [&](int r, int v, int64_t unit) __attribute__((always_inline)) {
         const int64_t at = (v % kGates) * hidden_ + unit;
         store(d_.gates + (row + r) * d_.gates_stride + at,
@@ -156,7 +156,8 @@ class ForwardChunk {
     const Weights<S>& w = d_.weights;
     constexpr int64_t width = Panel::blocks * kLanes<S>;
     const auto at = [](const S* bias, int64_t i) { return bias == nullptr ? S(0) : bias[i]; };
-    for (int64_t unit = panels.begin * width; unit < std::min(panels.end * width, hidden_); ++unit) {
+    for (int64_t unit = panels.begin * width; unit < std::min(panels.end * width, hidden_);
+         ++unit) {
       for (int g = 0; g < kGates; ++g) {
         // The GRU multiplies W_hn h + b_hn by the reset gate: that bias stays apart.
         const bool apart = kCell == Cell::kGru && g == 2;
@@ -185,30 +186,30 @@ class ForwardChunk {
     const auto apply = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
                            __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const int64_t b = b0 + r;
-        typename CellForward<kCell, S>::Row row{};
-        row.gates = d_.gates + (row0 - first_row_ + b) * d_.gates_stride;
-        if constexpr (kCell == Cell::kLstm) {
-          row.c = d_.c + b * hidden_;
-          row.state = is_cut(b) ? zeros_ : row.c;
-          if (save_) row.cells = d_.cells + (row0 + b) * d_.cells_stride;
-        } else if constexpr (kCell == Cell::kGru) {
-          row.state = h_prev(b);
-        }
+                             for (int r = 0; r < R; ++r) {
+                               const int64_t b = b0 + r;
+                               typename CellForward<kCell, S>::Row row{};
+                               row.gates = d_.gates + (row0 - first_row_ + b) * d_.gates_stride;
+                               if constexpr (kCell == Cell::kLstm) {
+                                 row.c = d_.c + b * hidden_;
+                                 row.state = is_cut(b) ? zeros_ : row.c;
+                                 if (save_) row.cells = d_.cells + (row0 + b) * d_.cells_stride;
+                               } else if constexpr (kCell == Cell::kGru) {
+                                 row.state = h_prev(b);
+                               }
 #pragma GCC unroll 2
-        for (int block = 0; block < Panel::blocks; ++block) {
-          const int64_t unit = (panel * Panel::blocks + block) * kLanes<S>;
-          if (unit >= hidden_) break;
-          const Vec<S> h = cell(tile.sum[r] + block * kGates, row, unit);
-          if (kCell == Cell::kLstm && sizes_.projected) {
-            store(d_.h_tilde + b * hidden_ + unit, h);
-          } else {
-            put_output(b, unit, h);
-          }
-        }
-      }
-    };
+                               for (int block = 0; block < Panel::blocks; ++block) {
+                                 const int64_t unit = (panel * Panel::blocks + block) * kLanes<S>;
+                                 if (unit >= hidden_) break;
+                                 const Vec<S> h = cell(tile.sum[r] + block * kGates, row, unit);
+                                 if (kCell == Cell::kLstm && sizes_.projected) {
+                                   store(d_.h_tilde + b * hidden_ + unit, h);
+                                 } else {
+                                   put_output(b, unit, h);
+                                 }
+                               }
+                             }
+                           };
     multiply_units<kGates>(mine, own_panels_, h_prev, d_.packed.recurrent, d_.weights.w_hh,
                            sizes_.hidden, sizes_.output, apply);
     if constexpr (kCell == Cell::kLstm) {
@@ -218,16 +219,16 @@ class ForwardChunk {
         const auto put = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
                              __attribute__((always_inline)) {
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
+                               for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) {
-              const int64_t unit = (panel * NV + v) * kLanes<S>;
-              if (unit < output_) put_output(b0 + r, unit, tile.sum[r][v]);
-            }
-          }
-        };
-        multiply_units<1>(mine, own_output_panels_, h_tilde, d_.packed.projection,
-                          d_.weights.w_hr, sizes_.output, sizes_.hidden, put);
+                                 for (int v = 0; v < NV; ++v) {
+                                   const int64_t unit = (panel * NV + v) * kLanes<S>;
+                                   if (unit < output_) put_output(b0 + r, unit, tile.sum[r][v]);
+                                 }
+                               }
+                             };
+        multiply_units<1>(mine, own_output_panels_, h_tilde, d_.packed.projection, d_.weights.w_hr,
+                          sizes_.output, sizes_.hidden, put);
       }
     }
     keep_final(t, mine, h_write);

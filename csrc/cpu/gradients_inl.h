@@ -45,7 +45,8 @@ class ChunkGradients {
 
   void accumulate() const {
     const Range mine = share(rows_, slot_.thread, slot_.threads);
-    if (d_.dw_ih != nullptr) pack_rows(0, sizes_.input, mine, [&](int64_t row) { return x_at(row); });
+    if (d_.dw_ih != nullptr)
+      pack_rows(0, sizes_.input, mine, [&](int64_t row) { return x_at(row); });
     if (d_.dw_hh != nullptr) {
       for (int64_t t = d_.chunk.begin; t < d_.chunk.end; ++t) pack_previous(t, mine);
     }
@@ -77,8 +78,7 @@ class ChunkGradients {
   // The states that entered step t, as far as they lie in `mine`.
   void pack_previous(int64_t t, Range mine) const {
     const int64_t row0 = schedule_.row0[t] - first_row_;
-    const Range rows = {std::max(mine.begin, row0),
-                        std::min(mine.end, row0 + schedule_.rows[t])};
+    const Range rows = {std::max(mine.begin, row0), std::min(mine.end, row0 + schedule_.rows[t])};
     if (rows.size() <= 0) return;
     pack_rows(1, sizes_.output, rows, [&](int64_t row) -> const S* {
       const int64_t b = row - row0;
@@ -107,8 +107,8 @@ class ChunkGradients {
   void add_outer(S* to, int64_t n, int64_t width, int which) const {
     const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row, int64_t panel)
                               __attribute__((always_inline)) {
-      add_tile(tile, panel, n, [&](int r) { return to + (row + r) * n; });
-    };
+                                add_tile(tile, panel, n, [&](int r) { return to + (row + r) * n; });
+                              };
     product<S, kChunkVectors>(
         0, width, 0, panel_count<S>(n, kChunkVectors), [&](int64_t r) { return columns_ + r; },
         kGradientRows, args_.panels[which], rows_ * kWidth, rows_, epilogue);
@@ -175,10 +175,9 @@ class ChunkGradients {
           return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
         });
       };
-      product<S, kChunkVectors>(rows.begin, rows.end, 0,
-                                panel_count<S>(sizes_.input, kChunkVectors), row_at, 1,
-                                d_.packed.input + k * kWidth, all * kWidth,
-                                std::min(kBlockK, all - k), epilogue);
+      product<S, kChunkVectors>(
+          rows.begin, rows.end, 0, panel_count<S>(sizes_.input, kChunkVectors), row_at, 1,
+          d_.packed.input + k * kWidth, all * kWidth, std::min(kBlockK, all - k), epilogue);
     }
   }
 
@@ -188,7 +187,7 @@ class ChunkGradients {
   const Schedule& schedule_;
   const BackwardDirection<S>& d_;
   const Slot& slot_;
-  const int64_t hidden_, output_;  // padded
+  const int64_t hidden_, output_;   // padded
   const int64_t first_row_, rows_;  // packed, of the chunk
   S* const columns_;
 };

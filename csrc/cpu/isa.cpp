@@ -13,8 +13,8 @@ const Isa* find(const std::string& name) {
     if (name == isa->name) return isa;
     known += known.empty() ? isa->name : std::string(", ") + isa->name;
   }
-  throw std::invalid_argument("instruction set '" + name +
-                              "' is not available: expected one of " + known);
+  throw std::invalid_argument("instruction set '" + name + "' is not available: expected one of " +
+                              known);
 }
 
 std::atomic<const Isa*>& current() {

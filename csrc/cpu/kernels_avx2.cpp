@@ -1,25 +1,25 @@
 // Kernels for AVX2, FMA and F16C.
 #if defined(__x86_64__)
-#define FUSEDRNN_ISA avx2
-#define FUSEDRNN_VECTOR_BYTES 32
-#define FUSEDRNN_ACCUMULATORS 12
+  #define FUSEDRNN_ISA avx2
+  #define FUSEDRNN_VECTOR_BYTES 32
+  #define FUSEDRNN_ACCUMULATORS 12
 
-#include "cpu/kernels_prelude.h"
+  #include "cpu/kernels_prelude.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+  #if defined(__clang__)
+    #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+  #else
+    #pragma GCC push_options
+    #pragma GCC target("avx2,fma,f16c")
+  #endif
 
-#include "cpu/kernels_inl.h"
+  #include "cpu/kernels_inl.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+  #if defined(__clang__)
+    #pragma clang attribute pop
+  #else
+    #pragma GCC pop_options
+  #endif
 
 namespace fusedrnn {
 

@@ -1,25 +1,27 @@
 // Kernels for AVX-512 F, BW, DQ and VL.
 #if defined(__x86_64__)
-#define FUSEDRNN_ISA avx512
-#define FUSEDRNN_VECTOR_BYTES 64
-#define FUSEDRNN_ACCUMULATORS 24
+  #define FUSEDRNN_ISA avx512
+  #define FUSEDRNN_VECTOR_BYTES 64
+  #define FUSEDRNN_ACCUMULATORS 24
 
-#include "cpu/kernels_prelude.h"
+  #include "cpu/kernels_prelude.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
+  #if defined(__clang__)
+    #pragma clang attribute push(                                                    \
+        __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+        apply_to = function)
+  #else
+    #pragma GCC push_options
+    #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+  #endif
 
-#include "cpu/kernels_inl.h"
+  #include "cpu/kernels_inl.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+  #if defined(__clang__)
+    #pragma clang attribute pop
+  #else
+    #pragma GCC pop_options
+  #endif
 
 namespace fusedrnn {
 
@@ -29,7 +31,8 @@ static bool usable() {
          __builtin_cpu_supports("avx512vl");
 }
 
-const Isa kAvx512Isa = {"avx512", usable, avx512::kernel_table<float>(), avx512::kernel_table<double>()};
+const Isa kAvx512Isa = {"avx512", usable, avx512::kernel_table<float>(),
+                        avx512::kernel_table<double>()};
 
 }  // namespace fusedrnn
 #endif

@@ -9,10 +9,9 @@
 
 namespace fusedrnn {
 
-static bool usable() {
-  return true;
-}
+static bool usable() { return true; }
 
-const Isa kBaselineIsa = {"baseline", usable, baseline::kernel_table<float>(), baseline::kernel_table<double>()};
+const Isa kBaselineIsa = {"baseline", usable, baseline::kernel_table<float>(),
+                          baseline::kernel_table<double>()};
 
 }  // namespace fusedrnn

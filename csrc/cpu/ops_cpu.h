@@ -83,8 +83,10 @@ inline Chunk chunk_of(const std::vector<int64_t>& bounds, int64_t index, bool re
 }
 
 inline Workload workload_of(const Layer& layer, const Schedule& schedule, int products) {
-  return {layer.cell,     layer.sizes,
-          layer.directions, schedule.batch,
+  return {layer.cell,
+          layer.sizes,
+          layer.directions,
+          schedule.batch,
           schedule.steps == 0 ? 0 : schedule.row0[schedule.steps],
           layer.accumulate == at::kDouble ? 8 : 4,
           products};

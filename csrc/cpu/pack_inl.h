@@ -101,8 +101,8 @@ FUSEDRNN_HD void product_by_unit(Range rows, Range panels, RowAt row_at, const S
   }
 }
 
-// From rows of `columns` values to panels by column: [panel][k][Vectors][lanes]. row_at(i), for i in
-// `rows` out of k, points to row i, or is null for a row of zeros.
+// From rows of `columns` values to panels by column: [panel][k][Vectors][lanes]. row_at(i), for i
+// in `rows` out of k, points to row i, or is null for a row of zeros.
 template <int Vectors, class S, class RowAt>
 void pack_by_column(S* packed, int64_t columns, int64_t k, Range rows, Range panels, RowAt row_at) {
   constexpr int lanes = kLanes<S>;

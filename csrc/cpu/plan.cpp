@@ -46,15 +46,16 @@ Plan plan_team(const Workload& work, int threads) {
   // Parts of the hidden units until a part's weights stay in its core's own cache; the rest of the
   // threads take groups of rows.
   int parts = 1;
-  while (parts < each && (bytes / parts > private_cache() * 3 / 4 ||
-                          work.batch * parts < kRowsPerGroup * each)) {
+  while (parts < each &&
+         (bytes / parts > private_cache() * 3 / 4 || work.batch * parts < kRowsPerGroup * each)) {
     ++parts;
     while (each % parts != 0) ++parts;
   }
   const int64_t panels = padded(s.hidden) / kUnitAlignment;
   if (parts > 1 && recurrent * work.batch / parts < kWorthABarrier) parts = 1;
   plan.parts = static_cast<int>(std::min<int64_t>(parts, panels));
-  plan.groups = static_cast<int>(std::min<int64_t>(each / plan.parts, std::max<int64_t>(work.batch / 2, 1)));
+  plan.groups =
+      static_cast<int>(std::min<int64_t>(each / plan.parts, std::max<int64_t>(work.batch / 2, 1)));
   return plan;
 }
 

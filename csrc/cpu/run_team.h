@@ -4,7 +4,7 @@
 #include <omp.h>
 
 #if defined(__x86_64__)
-#include <xmmintrin.h>
+  #include <xmmintrin.h>
 #endif
 
 #include <cstdint>

@@ -52,7 +52,7 @@ FUSEDRNN_HD void store(S* to, Vec<S> v, int64_t n) {
 
 template <class S>
 FUSEDRNN_HD Vec<S> broadcast(S s) {
-  return Vec<S>{} + s;
+  return s - Vec<S>{};  // folds to one broadcast from memory; s + 0 would not, for s = -0
 }
 
 // One butterfly stage of a transposition: lanes whose index has bit Step clear come from a, and

@@ -1,0 +1,1 @@
+"""Benchmarks of fusedrnn against its peers; `python -m bench.compare` runs them."""

@@ -1,0 +1,200 @@
+"""A comparison's results as a table, as files, and as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .peers import FUSED, TORCH
+from .shapes import Shape
+
+
+@dataclass
+class Result:
+    """One cell in one mode at one shape."""
+
+    cell: str
+    mode: str
+    shape: Shape
+    seconds: dict[str, float]  # median seconds a call of each contestant
+    ratios: dict[str, float]  # median over rounds of its time / fusedrnn's time
+    rounds: int
+    retimed: bool = False
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def groups(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Results by (mode, cell), in the order they came."""
+    found: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        found.setdefault((result.mode, result.cell), []).append(result)
+    return found
+
+
+def peers_of(results: list[Result]) -> list[str]:
+    """Everyone but fusedrnn, torch.nn first."""
+    names = dict.fromkeys(name for r in results for name in r.ratios)
+    return sorted(names, key=lambda n: n != TORCH)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def group_table(mode: str, cell: str, results: list[Result]) -> list[str]:
+    peers = peers_of(results)
+    lines = [
+        f"### {cell.upper()}, {mode}",
+        "",
+        "| B,T,I,H | "
+        + " | ".join([f"{TORCH} ms", f"{FUSED} ms", *(f"{p} / {FUSED}" for p in peers)])
+        + " |",
+        "|:--" + "|--:" * (2 + len(peers)) + "|",
+    ]
+    for r in results:
+        cells = [f"{r.shape}{' *' if r.retimed else ''}"]
+        cells += [milliseconds(r.seconds[TORCH]), milliseconds(r.seconds[FUSED])]
+        cells += [f"{r.ratios[p]:.2f}" if p in r.ratios else "-" for p in peers]
+        lines.append("| " + " | ".join(cells) + " |")
+    means = [f"**{geometric_mean(r.ratios[p] for r in results):.2f}**" for p in peers]
+    lines.append("| **geometric mean** | | | " + " | ".join(means) + " |")
+    worst = min(results, key=lambda r: r.ratios[TORCH])
+    lines += ["", f"Worst shape against {TORCH}: {worst.shape} at {worst.ratios[TORCH]:.2f}.", ""]
+    return lines
+
+
+def summary(results: list[Result]) -> list[str]:
+    """One line a group: the numbers to quote."""
+    lines = [
+        f"| | geometric mean, {TORCH} / {FUSED} | worst shape | shapes where a peer is quicker |",
+        "|:--|--:|--:|--:|",
+    ]
+    for (mode, cell), members in groups(results).items():
+        worst = min(members, key=lambda r: r.ratios[TORCH])
+        beaten = sum(min(r.ratios.values()) < 1 for r in members)
+        mean = geometric_mean(r.ratios[TORCH] for r in members)
+        lines.append(
+            f"| {cell.upper()}, {mode} | {mean:.2f} | {worst.ratios[TORCH]:.2f} at {worst.shape} "
+            f"| {beaten} of {len(members)} |"
+        )
+    return lines
+
+
+def markdown(header: dict[str, str], results: list[Result]) -> str:
+    lines = ["# fusedrnn against its peers", ""]
+    lines += [f"- {key}: {value}" for key, value in header.items()]
+    lines += [
+        "",
+        "Ratios are medians over paired, interleaved rounds; above 1, fusedrnn is the faster one.",
+        "",
+        *summary(results),
+        "",
+    ]
+    for (mode, cell), members in groups(results).items():
+        lines += group_table(mode, cell, members)
+    if any(r.retimed for r in results):
+        lines += ["\\* timed again with more rounds, as the first reading was low.", ""]
+    return "\n".join(lines)
+
+
+def picture(header: dict[str, str], results: list[Result], path: Path) -> None:
+    """One panel a cell and mode; a dot for each peer at each shape, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    found = groups(results)
+    modes = list(dict.fromkeys(mode for mode, _ in found))
+    cells = list(dict.fromkeys(cell for _, cell in found))
+    looks = {
+        TORCH: ("#0369a1", "o"),
+        "ONNX Runtime": ("#b45309", "s"),
+        "OpenVINO": ("#7c3aed", "^"),
+    }
+    shapes = list(dict.fromkeys(r.shape for r in results))
+    figure, axes = plt.subplots(
+        len(modes),
+        len(cells),
+        figsize=(1.6 + 4.2 * len(cells), 1.6 + (0.9 + 0.27 * len(shapes)) * len(modes)),
+        squeeze=False,
+        sharex="row",
+        sharey=True,
+        layout="constrained",
+    )
+    for row, mode in zip(axes, modes, strict=True):
+        for axis, cell in zip(row, cells, strict=True):
+            members = {r.shape: r for r in found.get((mode, cell), [])}
+            axis.axvspan(0, 1, color="#fee2e2", zorder=0)
+            axis.axvline(1, color="#7f1d1d", linewidth=1)
+            for y, shape in enumerate(shapes):
+                if shape not in members:
+                    continue
+                ratios = members[shape].ratios
+                axis.plot([1, ratios[TORCH]], [y, y], color=looks[TORCH][0], linewidth=2, alpha=0.4)
+                for name, value in ratios.items():
+                    color, marker = looks[name]
+                    axis.plot(value, y, marker, color=color, markersize=6)
+                axis.annotate(
+                    f"{ratios[TORCH]:.2f}",
+                    (ratios[TORCH], y),
+                    xytext=(0, 5),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7,
+                    color=looks[TORCH][0],
+                )
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.grid(axis="x", alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            title = f"{cell.upper()}, {mode}"
+            if members:
+                mean = geometric_mean(r.ratios[TORCH] for r in members.values())
+                title += f": {mean:.2f}x torch.nn"
+            axis.set_title(title, fontsize=11)
+        row[0].set_ylabel("batch, steps, input, hidden")
+        values = [v for r in results if r.mode == mode for v in r.ratios.values()]
+        row[0].set_xlim(min(0.8, 0.85 * min(values)), max(2.0, 1.25 * max(values)))
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(shapes)), [str(s) for s in shapes], fontsize=8)
+        axis.set_ylim(len(shapes) - 0.4, -0.8)
+    handles = [
+        plt.Line2D([], [], color=looks[n][0], marker=looks[n][1], linestyle="none", label=n)
+        for n in peers_of(results)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.suptitle(
+        f"time of the peer / time of fusedrnn: right of 1x, fusedrnn is faster\n"
+        f"{header['cpu']}, {header['threads']} threads, {header['versions']}\n"
+        f"{header.get('other load', '').replace('*', '')}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def save(header: dict[str, str], results: list[Result], out: Path, stem: str) -> list[Path]:
+    """Write STEM.md, .json and, where matplotlib is installed, .png."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{stem}.md", out / f"{stem}.json"]
+    paths[0].write_text(markdown(header, results))
+    records = [asdict(r) | {"shape": str(r.shape)} for r in results]
+    paths[1].write_text(json.dumps({"header": header, "results": records}, indent=1))
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("matplotlib is not installed: no picture")
+        return paths
+    paths.append(out / f"{stem}.png")
+    picture(header, results, paths[-1])
+    return paths

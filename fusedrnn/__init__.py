@@ -1,0 +1,37 @@
+"""fusedrnn: drop-in RNN, LSTM and GRU for PyTorch, with fused kernels.
+
+``fusedrnn.RNN``, ``LSTM``, ``GRU`` and their cells take the place of ``torch.nn``'s;
+``fusedrnn.convert(model)`` swaps those inside a model. Beyond torch.nn: ``lengths`` and ``reset``
+in the kernel, double backward, ``torch.func``, ``torch.compile(fullgraph=True)``.
+"""
+
+from fusedrnn import autograd, functional, reference
+from fusedrnn._ops import _C
+from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
+from fusedrnn.convert import convert, revert
+from fusedrnn.modules import GRU, LSTM, RNN
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "autograd",
+    "convert",
+    "cpu_isas",
+    "functional",
+    "reference",
+    "revert",
+]
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets that are compiled in and usable on this machine.
+
+    The environment variable FUSEDRNN_CPU_ISA forces one of them.
+    """
+    return _C.cpu_isas()

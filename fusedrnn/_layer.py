@@ -1,0 +1,314 @@
+"""Differentiation of one layer: autograd, ``torch.func``, forward mode, ``torch.compile``.
+
+:func:`layer` picks the cheapest path that is right:
+
+* the bare operator, where nothing can ask for a derivative, and in ``torch.export``;
+* :class:`LayerFunction`, for everyday autograd and ``torch.compile``;
+* :class:`TransformableLayerFunction`, the same in the ``setup_context`` form that ``torch.func``
+  needs, and that costs three times as much to call;
+* ``fusedrnn.reference``, plain torch operations, while a forward-mode level is open, and for
+  ``torch.func`` inside ``torch.compile``: the kernels have no tangents, Dynamo traces no Function
+  through a transform, and an operator in their place gives a silent zero.
+
+The backward pass is an operator too. It is differentiable through :class:`BackwardFunction`, whose
+own derivative is taken of the reference's back-propagation, to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from fusedrnn import _ops, reference
+from fusedrnn._autocast import autocast_disabled
+
+__all__ = ["BackwardFunction", "LayerFunction", "TransformableLayerFunction", "layer"]
+
+_is_compiling = torch.compiler.is_compiling
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+_transforms_active = torch._C._are_functorch_transforms_active
+
+# Positions in the Functions' arguments: mode, has_biases, bidirectional, x, lengths, batch_sizes,
+# reset, h0, c0, *params.
+_X, _H0, _C0, _PARAMS = 3, 7, 8, 9
+
+
+def layer(
+    mode: str,
+    x: Tensor,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer, all its directions, differentiable in x, h0, c0 and params.
+
+    Arguments and results are those of :func:`fusedrnn.reference.layer_forward`. Shapes and dtypes
+    are checked by the operator.
+    """
+    compiling = _is_compiling()
+    transformed = _traced_transforms() if compiling else _transforms_active()
+    if forward_ad._current_level >= 0 or (transformed and compiling):
+        with autocast_disabled(x):
+            return reference.layer_forward(
+                mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
+            )
+    if transformed:
+        return TransformableLayerFunction.apply(
+            mode, has_biases, bidirectional, x, lengths, batch_sizes, reset, h0, c0, *params
+        )[:3]
+    if compiling:
+        x, h0, c0, *params = _distinct([x, h0, c0, *params])
+    # torch.export keeps no Function: it would record the forward alone, detached under strict=True.
+    # An exported bare operator is for inference, and raises when a derivative is asked of it.
+    if _needs_grad(x, h0, c0, params) and not (compiling and torch.compiler.is_exporting()):
+        return LayerFunction.apply(
+            mode, has_biases, bidirectional, x, lengths, batch_sizes, reset, h0, c0, *params
+        )
+    return _ops.layer_forward(
+        mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, False
+    )[:3]
+
+
+class LayerFunction(Function):
+    """One layer for everyday autograd; the arguments are those of :func:`layer`, reordered."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mode: str,
+        has_biases: bool,
+        bidirectional: bool,
+        x: Tensor,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        reset: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *params: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, h_n, c_n, gates, cells = _ops.layer_forward(
+            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, True
+        )
+        ctx.save_for_backward(x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params)
+        ctx.options = (mode, has_biases, bidirectional)
+        ctx.set_materialize_grads(False)
+        if mode != "LSTM":
+            ctx.mark_non_differentiable(c_n)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return _layer_backward(ctx, dy, dh_n, dc_n)
+
+
+class TransformableLayerFunction(Function):
+    """:class:`LayerFunction` in the form that ``torch.func`` accepts.
+
+    ``setup_context`` sees only inputs and outputs, so what the backward needs is returned as well.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        mode: str,
+        has_biases: bool,
+        bidirectional: bool,
+        x: Tensor,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        reset: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *params: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return _ops.layer_forward(
+            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, True
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        mode, has_biases, bidirectional, x, lengths, batch_sizes, reset, h0, c0, *params = inputs
+        y, _, c_n, gates, cells = output
+        ctx.save_for_backward(x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params)
+        ctx.options = (mode, has_biases, bidirectional)
+        ctx.set_materialize_grads(False)
+        if mode == "LSTM":
+            ctx.mark_non_differentiable(gates, cells)
+        else:
+            ctx.mark_non_differentiable(c_n, gates, cells)
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        _dgates: Tensor | None,
+        _dcells: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        return _layer_backward(ctx, dy, dh_n, dc_n)
+
+
+def _layer_backward(
+    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a layer Function's arguments."""
+    needed = ctx.needs_input_grad
+    mode, has_biases, bidirectional = ctx.options
+    if mode != "LSTM":
+        dc_n = None  # a compiled graph hands in zeros
+    if dy is None and dh_n is None and dc_n is None:
+        return (None,) * len(needed)
+    x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params = ctx.saved_tensors
+    mask = [needed[_X], needed[_H0], needed[_C0], *needed[_PARAMS:]]
+    grads: Sequence[Tensor]
+    if forward_ad._current_level >= 0 or _batched_by_autograd(dy, dh_n, dc_n):
+        with autocast_disabled(x):
+            dx, dh0, dc0, grads = reference.layer_backward(
+                mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
+                has_biases, bidirectional,
+            )  # fmt: skip
+    elif not _is_compiling() and (torch.is_grad_enabled() or _transforms_active()):
+        dx, dh0, dc0, *grads = BackwardFunction.apply(
+            mode, has_biases, bidirectional, mask, lengths, batch_sizes, reset, y, gates, cells,
+            dy, dh_n, dc_n, x, h0, c0, *params,
+        )  # fmt: skip
+    else:
+        dx, dh0, dc0, grads = _ops.layer_backward(
+            mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
+            y, gates, cells, has_biases, bidirectional, mask,
+        )  # fmt: skip
+    return (
+        None,
+        None,
+        None,
+        dx if mask[0] else None,
+        None,
+        None,
+        None,
+        dh0 if mask[1] else None,
+        dc0 if mask[2] else None,
+        *(grad if wanted else None for grad, wanted in zip(grads, mask[3:], strict=True)),
+    )
+
+
+class BackwardFunction(Function):
+    """The backward pass, differentiable in dy, dh_n, dc_n, x, h0, c0 and params.
+
+    y, gates and cells count as constants: the derivative is taken of the reference's
+    back-propagation, which computes them again from x, so it is already the total one.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        mode: str,
+        has_biases: bool,
+        bidirectional: bool,
+        mask: list[bool],
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        reset: Tensor | None,
+        y: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *params: Tensor,
+    ) -> tuple[Tensor, ...]:
+        dx, dh0, dc0, dparams = _ops.layer_backward(
+            mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
+            y, gates, cells, has_biases, bidirectional, mask,
+        )  # fmt: skip
+        return dx, dh0, dc0, *dparams
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        mode, has_biases, bidirectional, mask, lengths, batch_sizes, reset, *_ = inputs
+        ctx.save_for_backward(lengths, batch_sizes, reset, *inputs[10:])
+        ctx.options = (mode, has_biases, bidirectional, mask)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        mode, has_biases, bidirectional, mask = ctx.options
+        lengths, batch_sizes, reset, *values = ctx.saved_tensors
+        needed = ctx.needs_input_grad[10:]
+        asked = [m and g is not None for m, g in zip(mask, cotangents, strict=True)]
+        wanted = [n and v is not None for n, v in zip(needed, values, strict=True)]
+        if not any(asked) or not any(wanted):
+            return (None,) * (10 + len(values))
+
+        def first_order(*primals: Tensor) -> tuple[Tensor, ...]:
+            given = iter(primals)
+            dy, dh_n, dc_n, x, h0, c0, *params = (
+                next(given) if want else value for want, value in zip(wanted, values, strict=True)
+            )
+            with autocast_disabled(x):
+                *states, dparams = reference.layer_backward(
+                    mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
+                    has_biases, bidirectional,
+                )  # fmt: skip
+            return tuple(g for g, ask in zip([*states, *dparams], asked, strict=True) if ask)
+
+        primals = [value for value, want in zip(values, wanted, strict=True) if want]
+        _, vjp = torch.func.vjp(first_order, *primals)
+        second = iter(vjp(tuple(g for g, ask in zip(cotangents, asked, strict=True) if ask)))
+        return (None,) * 10 + tuple(next(second) if want else None for want in wanted)
+
+
+def _needs_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, params: Sequence[Tensor]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    for param in params:
+        if param.requires_grad:
+            return True
+    return (
+        x.requires_grad
+        or (h0 is not None and h0.requires_grad)
+        or (c0 is not None and c0.requires_grad)
+    )
+
+
+def _traced_transforms() -> bool:
+    """Whether a torch.func transform is active, asked so that Dynamo can answer in a trace."""
+    return isinstance(
+        torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter
+    )
+
+
+def _batched_by_autograd(*grads: Tensor | None) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) is at work.
+
+    It has a vmap of its own, which knows no batching rule of an operator with lists of tensors.
+    """
+    if _is_compiling():
+        return False
+    return any(grad is not None and _is_legacy_batched(grad) for grad in grads)
+
+
+def _distinct(tensors: Sequence[Any]) -> list[Any]:
+    """Dynamo refuses a Function that is given one tensor twice: views for the second time."""
+    seen: list[Any] = []
+    for tensor in tensors:
+        if tensor is not None and any(tensor is other for other in seen):
+            tensor = tensor.view_as(tensor)
+        seen.append(tensor)
+    return seen

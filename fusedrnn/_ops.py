@@ -1,0 +1,126 @@
+"""The dispatcher operators: loads the compiled extension, and adds what torch wants in Python.
+
+``fusedrnn::layer_forward`` and ``fusedrnn::layer_backward`` work on one layer with all its
+directions; their schemas and kernels live in ``csrc``. Here are their fake kernels (shapes without
+data, for ``torch.compile`` and ``torch.export``) and their batching rules (for ``torch.vmap``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedrnn.reference import GATES
+
+try:
+    from fusedrnn import _C
+except ImportError as error:
+    raise ImportError(
+        "fusedrnn's compiled extension could not be loaded. Build it for the installed torch "
+        f"{torch.__version__}: pip install --no-build-isolation ."
+    ) from error
+
+__all__ = ["_C", "layer_backward", "layer_forward"]
+
+layer_forward = torch.ops.fusedrnn.layer_forward.default
+layer_backward = torch.ops.fusedrnn.layer_backward.default
+
+
+@torch.library.register_fake("fusedrnn::layer_forward")
+def _layer_forward_fake(
+    mode: str,
+    x: Tensor,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    bidirectional: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    directions = 2 if bidirectional else 1
+    gate_rows, proj_size = params[1].shape
+    hidden_size = gate_rows // GATES[mode]
+    if batch_sizes is None:
+        rows, batch = x.shape[0] * x.shape[1], x.shape[1]
+    else:
+        # The batch is a value inside batch_sizes; only a given state shows it in a shape.
+        rows = x.shape[0]
+        batch = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.shape[1]
+    lstm = mode == "LSTM"
+    y = x.new_empty((*x.shape[:-1], directions * proj_size))
+    h_n = x.new_empty((directions, batch, proj_size))
+    c_n = x.new_empty((directions, batch, hidden_size) if lstm else (0,))
+    padded = (hidden_size + 15) // 16 * 16  # kUnitAlignment in csrc/recurrence.h
+    padded = (hidden_size + 15) // 16 * 16  # the kernels save whole vectors of hidden units
+    has_gates = save and mode in ("LSTM", "GRU")
+    gates = x.new_empty((rows, directions, 4 * padded) if has_gates else (0,))
+    cell_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cells = x.new_empty((rows, directions, padded) if save and lstm else (0,), dtype=cell_dtype)
+    return y, h_n, c_n, gates, cells
+
+
+@torch.library.register_fake("fusedrnn::layer_backward")
+def _layer_backward_fake(
+    mode: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    has_biases: bool,
+    bidirectional: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def gradient(of: Tensor | None, wanted: bool) -> Tensor:
+        return x.new_empty(of.shape if wanted and of is not None else (0,))
+
+    dx, dh0, dc0 = (gradient(t, m) for t, m in zip((x, h0, c0), output_mask[:3], strict=True))
+    return dx, dh0, dc0, [gradient(p, m) for p, m in zip(params, output_mask[3:], strict=True)]
+
+
+def _select(value: Any, dim: Any, index: int) -> Any:
+    """Slice ``index`` of a batched argument; lists of tensors element by element."""
+    if isinstance(value, (list, tuple)):
+        dims = [None] * len(value) if dim is None else dim
+        return [_select(v, d, index) for v, d in zip(value, dims, strict=True)]
+    return value.select(dim, index) if dim is not None else value
+
+
+def _loop(op: Any, batch_size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
+    """Call ``op`` on every slice; the results of all calls, output by output."""
+    calls = (
+        op(*(_select(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(batch_size)
+    )
+    return list(zip(*calls, strict=True))
+
+
+@torch.library.register_vmap("fusedrnn::layer_forward")
+def _layer_forward_vmap(
+    info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    outputs = _loop(layer_forward, info.batch_size, in_dims, args)
+    return tuple(torch.stack(output) for output in outputs), (0,) * len(outputs)
+
+
+@torch.library.register_vmap("fusedrnn::layer_backward")
+def _layer_backward_vmap(
+    info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    *states, dparams = _loop(layer_backward, info.batch_size, in_dims, args)
+    stacked = [torch.stack(param) for param in zip(*dparams, strict=True)]
+    return (*(torch.stack(s) for s in states), stacked), (0, 0, 0, [0] * len(stacked))

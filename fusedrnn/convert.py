@@ -1,0 +1,79 @@
+"""Swap torch.nn's recurrent modules for the fused ones inside a model, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
+from fusedrnn.modules import GRU, LSTM, RNN
+
+__all__ = ["convert", "revert"]
+
+_FUSED: dict[type, type] = {
+    nn.RNN: RNN,
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.RNNCell: RNNCell,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+}
+_PLAIN: dict[type, type] = {fused: plain for plain, fused in _FUSED.items()}
+
+
+def convert(module: nn.Module) -> nn.Module:
+    """Replace every torch.nn RNN, LSTM, GRU and cell inside ``module`` by the fused one, in place.
+
+    The new modules share the old ones' very Parameters, hooks, parametrizations and submodules, and
+    keep their training flags, so optimizers and handles stay valid. A module that is used at
+    several places stays one module. Subclasses of torch.nn's modules that users wrote are left
+    alone.
+
+    Returns:
+        ``module`` itself, or its replacement where it is a recurrent module.
+    """
+    return _swap(module, _FUSED)
+
+
+def revert(module: nn.Module) -> nn.Module:
+    """Replace every fused module inside ``module`` by torch.nn's: :func:`convert`'s inverse."""
+    return _swap(module, _PLAIN)
+
+
+def _swap(root: nn.Module, classes: dict[type, type]) -> nn.Module:
+    if not isinstance(root, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(root).__name__}")
+    modules = list(root.modules())
+    swapped = {m: _replacement(m, classes) for m in modules if _plain_class(m) in classes}
+    for parent in modules:
+        for name, child in parent._modules.items():
+            if child in swapped:
+                parent._modules[name] = swapped[child]
+    return swapped.get(root, root)
+
+
+def _plain_class(module: nn.Module) -> type:
+    """The module's class; for a parametrized module, the class it had before."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
+def _replacement(old: nn.Module, classes: dict[type, type]) -> nn.Module:
+    """A module of the other class over the same attributes, dictionaries and parameters."""
+    target = classes[_plain_class(old)]
+    if is_parametrized(old):
+        # torch gave this one instance a class of its own, which holds the parametrized properties.
+        members = {
+            key: value
+            for key, value in vars(type(old)).items()
+            if key not in ("__dict__", "__weakref__")
+        }
+        target = type(type(old).__name__, (target,), members)
+    new = target.__new__(target)
+    # The dictionaries of parameters, hooks and submodules are shared as they are: handles of hooks
+    # refer to them, and what is assigned to either module's parameters is seen by both.
+    new.__dict__.update(old.__dict__)
+    if isinstance(new, nn.RNNBase):
+        with torch.no_grad():
+            new._init_flat_weights()  # torch.nn's own list of weights beside the parameters
+    return new
