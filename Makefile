@@ -28,7 +28,7 @@ ENV := build/.stamp-given
 BENCH_ENV := $(ENV)
 endif
 
-.PHONY: help env bench-env build test demo bench lint format clean distclean FORCE
+.PHONY: help env bench-env build test demo bench lint format sanitize clean distclean FORCE
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,15 @@ format: $(ENV)  ## let ruff and clang-format change the files
 ifneq ($(CXX_FILES),)
 	@sh scripts/tool.sh $(PY) clang-format -i $(CXX_FILES)
 endif
+
+# Minutes to compile, so no part of `make test`.
+SANITIZE_SOURCES := tests/kernels/kernel_check.cpp csrc/cpu/isa.cpp csrc/cpu/plan.cpp $(wildcard csrc/cpu/kernels_*.cpp)
+
+sanitize:  ## the kernels alone under AddressSanitizer and UndefinedBehaviorSanitizer
+	@mkdir -p build
+	$(CXX) -O1 -g -std=c++20 -ffp-contract=fast -Wno-psabi -fsanitize=address,undefined \
+	    -fno-sanitize-recover=undefined -Icsrc $(SANITIZE_SOURCES) -pthread -o build/kernel_check
+	for isa in baseline avx2 avx512; do build/kernel_check $$isa || exit 1; done
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info fusedrnn/_C*.so .pytest_cache .ruff_cache .benchmarks examples/out

@@ -1,0 +1,347 @@
+// The kernels without torch: every cell, direction, ragged rows, resets, projection and split of a
+// team, forward against plain loops in double and backward against finite differences. Built with
+// sanitizers or for another architecture by tests/test_kernels.py; each array has exactly the size
+// that recurrence.h promises, so that a read past its end is seen.
+//
+// Exit status 0: all agree. The argument names the instruction set.
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/plan.h"
+
+namespace fusedrnn {
+namespace {
+
+using Values = std::vector<double>;
+
+std::mt19937 generator(1);
+
+Values random_values(int64_t n) {
+  std::uniform_real_distribution<double> uniform(-0.7, 0.7);
+  Values v(n);
+  for (double& x : v) x = uniform(generator);
+  return v;
+}
+
+struct Case {
+  Cell cell;
+  int64_t batch, input, hidden, output;
+  std::vector<int64_t> lengths;  // sorted, longest first
+  bool reverse, reset;
+  Plan plan;
+  int64_t chunk;  // steps
+};
+
+struct Problem {
+  Sizes sizes;
+  std::vector<int64_t> rows, row0;
+  std::vector<uint8_t> reset;
+  Values x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0;
+  Values dy, dh_n, dc_n;  // the loss is their inner product with y, h_n and c_n
+  int64_t steps() const { return static_cast<int64_t>(rows.size()); }
+};
+
+Problem make_problem(const Case& c) {
+  Problem p;
+  p.sizes = {c.input, c.hidden, c.output, c.output != c.hidden};
+  p.rows.assign(c.lengths[0], 0);
+  for (int64_t length : c.lengths) {
+    for (int64_t t = 0; t < length; ++t) ++p.rows[t];
+  }
+  p.row0 = {0};
+  for (int64_t n : p.rows) p.row0.push_back(p.row0.back() + n);
+  const int64_t pairs = p.row0.back(), gates = gate_blocks(c.cell) * c.hidden;
+  if (c.reset) {
+    for (int64_t i = 0; i < pairs; ++i) p.reset.push_back(generator() % 4 == 0);
+  }
+  p.x = random_values(pairs * c.input);
+  p.w_ih = random_values(gates * c.input);
+  p.w_hh = random_values(gates * c.output);
+  p.b_ih = random_values(gates);
+  p.b_hh = random_values(gates);
+  if (p.sizes.projected) p.w_hr = random_values(c.output * c.hidden);
+  p.h0 = random_values(c.batch * c.output);
+  p.c0 = random_values(c.batch * c.hidden);
+  p.dy = random_values(pairs * c.output);
+  p.dh_n = random_values(c.batch * c.output);
+  p.dc_n = random_values(c.batch * c.hidden);
+  return p;
+}
+
+struct Result {
+  Values y, h_n, c_n;
+};
+
+// The definition, one row and one unit at a time.
+Result plain_forward(const Case& c, const Problem& p) {
+  const int64_t H = c.hidden, P = c.output, I = c.input;
+  const auto sigmoid = [](double a) { return 1 / (1 + std::exp(-a)); };
+  Result r{Values(p.dy.size()), p.h0, p.c0};
+  for (int64_t i = 0; i < p.steps(); ++i) {
+    const int64_t t = c.reverse ? p.steps() - 1 - i : i;
+    for (int64_t b = 0; b < p.rows[t]; ++b) {
+      const int64_t row = p.row0[t] + b;
+      double* h = &r.h_n[b * P];
+      double* cell = &r.c_n[b * H];
+      if (!p.reset.empty() && p.reset[row]) {
+        std::fill(h, h + P, 0.0);
+        std::fill(cell, cell + H, 0.0);
+      }
+      const auto side = [&](const Values& w, const Values& bias, const double* v, int64_t k,
+                            int64_t gate) {
+        double sum = bias[gate];
+        for (int64_t j = 0; j < k; ++j) sum += w[gate * k + j] * v[j];
+        return sum;
+      };
+      Values next(H);
+      for (int64_t u = 0; u < H; ++u) {
+        const auto from_x = [&](int g) {
+          return side(p.w_ih, p.b_ih, &p.x[row * I], I, g * H + u);
+        };
+        const auto from_h = [&](int g) { return side(p.w_hh, p.b_hh, h, P, g * H + u); };
+        const auto gate = [&](int g) { return from_x(g) + from_h(g); };
+        if (c.cell == Cell::kLstm) {
+          cell[u] = sigmoid(gate(1)) * cell[u] + sigmoid(gate(0)) * std::tanh(gate(2));
+          next[u] = sigmoid(gate(3)) * std::tanh(cell[u]);
+        } else if (c.cell == Cell::kGru) {
+          const double z = sigmoid(gate(1));
+          next[u] = (1 - z) * std::tanh(from_x(2) + sigmoid(gate(0)) * from_h(2)) + z * h[u];
+        } else {
+          next[u] = c.cell == Cell::kRnnTanh ? std::tanh(gate(0)) : std::max(gate(0), 0.0);
+        }
+      }
+      if (p.sizes.projected) {
+        for (int64_t j = 0; j < P; ++j) {
+          h[j] = 0;
+          for (int64_t u = 0; u < H; ++u) h[j] += p.w_hr[j * H + u] * next[u];
+        }
+      } else {
+        std::copy(next.begin(), next.end(), h);
+      }
+      std::copy(h, h + P, &r.y[row * P]);
+    }
+  }
+  return r;
+}
+
+double loss(const Case& c, const Problem& p) {
+  const Result r = plain_forward(c, p);
+  double sum = 0;
+  for (size_t i = 0; i < r.y.size(); ++i) sum += r.y[i] * p.dy[i];
+  for (size_t i = 0; i < r.h_n.size(); ++i) sum += r.h_n[i] * p.dh_n[i];
+  if (c.cell == Cell::kLstm) {
+    for (size_t i = 0; i < r.c_n.size(); ++i) sum += r.c_n[i] * p.dc_n[i];
+  }
+  return sum;
+}
+
+Values pad_rows(const Values& from, int64_t rows, int64_t units) {
+  Values to(rows * padded(units));
+  for (int64_t b = 0; b < rows; ++b) {
+    std::copy(&from[b * units], &from[b * units] + units, &to[b * padded(units)]);
+  }
+  return to;
+}
+
+void run(const Plan& plan, const std::function<void(const Slot&)>& body) {
+  Barriers barriers(plan.threads());
+  std::vector<std::thread> threads;
+  for (int i = 0; i < plan.threads(); ++i) {
+    threads.emplace_back([&, i] { body(slot_of(plan, i, 1, barriers)); });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+int failures = 0;
+
+void expect_close(const char* what, const Case& c, const Values& got, const Values& want,
+                  double tolerance) {
+  double scale = 1, worst = 0;
+  for (double value : want) scale = std::max(scale, std::abs(value));
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double error = std::abs(got[i] - want[i]) / scale;
+    worst = error <= worst ? worst : error;  // a NaN counts
+  }
+  if (worst < tolerance) return;
+  ++failures;
+  std::printf(
+      "%s: cell %d B %ld I %ld H %ld P %ld T %ld reverse %d reset %d groups %d parts %d: %g\n",
+      what, static_cast<int>(c.cell), long(c.batch), long(c.input), long(c.hidden), long(c.output),
+      long(c.lengths[0]), c.reverse, c.reset, c.plan.groups, c.plan.parts, worst);
+}
+
+Chunk chunk_at(const Case& c, int64_t steps, int64_t index, bool from_end) {
+  const int64_t count = (steps + c.chunk - 1) / c.chunk;
+  const int64_t at = from_end ? count - 1 - index : index;
+  return {at * c.chunk, std::min(steps, (at + 1) * c.chunk), index == 0, index == count - 1};
+}
+
+void check(const Case& c, const KernelTable<double>& table) {
+  const Problem p = make_problem(c);
+  const int64_t H = c.hidden, P = c.output, Hp = padded(H), Pp = padded(P), pairs = p.row0.back();
+  const int64_t gates = gate_blocks(c.cell), width = saved_blocks(c.cell) * Hp;
+  const int64_t steps = p.steps(), chunks = (steps + c.chunk - 1) / c.chunk;
+  const auto whole = [](int64_t columns) { return (columns + 63) / 64 * 64; };
+  const Schedule schedule = {steps, c.batch, p.rows.data(), p.row0.data(), nullptr, nullptr};
+  const Weights<double> weights = {p.w_ih.data(), p.w_hh.data(), p.b_ih.data(), p.b_hh.data(),
+                                   p.sizes.projected ? p.w_hr.data() : nullptr};
+  const uint8_t* reset = p.reset.empty() ? nullptr : p.reset.data();
+  const Values zeros(4 * Hp);
+
+  Values y(pairs * P), h_n = p.h0, saved(pairs * width), cells(pairs * Hp);
+  Values h_a = pad_rows(p.h0, c.batch, P), h_b = h_a, cell = pad_rows(p.c0, c.batch, H);
+  Values h_tilde(c.batch * Hp), bias(gates * whole(Hp)), bias_hn(Hp);
+  Values packed_input(gates * whole(Hp) * c.input), packed_recurrent(gates * whole(Hp) * P);
+  Values packed_projection(whole(Pp) * H);
+  ForwardArgs<double> forward{};
+  forward.sizes = p.sizes;
+  forward.schedule = schedule;
+  forward.directions = 1;
+  forward.save = true;
+  forward.zeros = zeros.data();
+  ForwardDirection<double>& f = forward.direction[0];
+  f.reverse = c.reverse;
+  f.weights = weights;
+  f.packed = {packed_input.data(), packed_recurrent.data(), packed_projection.data(), bias.data(),
+              bias_hn.data()};
+  if (pairs < 12) f.packed.input = f.packed.recurrent = f.packed.projection = nullptr;
+  f.x = p.x.data();
+  f.y = y.data();
+  f.y_stride = P;
+  f.gates_stride = width;
+  f.cells = cells.data();
+  f.cells_stride = Hp;
+  f.h[0] = h_a.data();
+  f.h[1] = h_b.data();
+  f.c = cell.data();
+  f.h_tilde = h_tilde.data();
+  f.h_n = h_n.data();
+  f.reset = reset;
+  for (int64_t i = 0; i < chunks; ++i) {
+    f.chunk = chunk_at(c, steps, i, c.reverse);
+    f.gates = saved.data() + p.row0[f.chunk.begin] * width;
+    run(c.plan, [&](const Slot& slot) { table.forward[static_cast<int>(c.cell)](forward, slot); });
+    f.turn ^= (f.chunk.end - f.chunk.begin) & 1;
+  }
+  const Result want = plain_forward(c, p);
+  expect_close("y", c, y, want.y, 1e-12);
+  expect_close("h_n", c, h_n, want.h_n, 1e-12);
+  if (c.cell == Cell::kLstm) expect_close("c_n", c, cell, pad_rows(want.c_n, c.batch, H), 1e-12);
+
+  const Values h0 = pad_rows(p.h0, c.batch, P), c0 = pad_rows(p.c0, c.batch, H);
+  const Values dh_n = pad_rows(p.dh_n, c.batch, P);
+  Values carry = c.cell == Cell::kLstm ? pad_rows(p.dc_n, c.batch, H) : Values(c.batch * Hp);
+  Values dgates(pairs * width), next(c.batch * width), dh(pairs * Pp), all_h_tilde(pairs * Hp);
+  Values dx(p.x.size()), dh0 = p.dh_n, dc0 = p.dc_n, dw_ih(p.w_ih.size()), dw_hh(p.w_hh.size());
+  Values db_ih(p.b_ih.size()), db_hh(p.b_hh.size()), dw_hr(p.w_hr.size());
+  Values back_input(gates * Hp * whole(c.input)), back_recurrent(gates * Hp * whole(P));
+  Values back_projection(P * whole(Hp));
+  Values x_panels(pairs * whole(c.input)), h_panels(pairs * whole(std::max(P, H)));
+  Values columns(c.plan.threads() * pairs * kGradientRows);
+  BackwardArgs<double> backward{};
+  backward.sizes = p.sizes;
+  backward.schedule = schedule;
+  backward.directions = 1;
+  backward.zeros = zeros.data();
+  backward.dx = dx.data();
+  backward.panels[0] = x_panels.data();
+  backward.panels[1] = h_panels.data();
+  backward.columns = columns.data();
+  backward.columns_stride = pairs * kGradientRows;
+  BackwardDirection<double>& d = backward.direction[0];
+  d.reverse = c.reverse;
+  d.weights = weights;
+  d.packed = {back_input.data(), back_recurrent.data(), back_projection.data(), nullptr, nullptr};
+  d.x = p.x.data();
+  d.y = y.data();
+  d.y_stride = d.dy_stride = P;
+  d.dy = p.dy.data();
+  d.gates_stride = width;
+  d.cells = cells.data();
+  d.cells_stride = Hp;
+  d.h0 = h0.data();
+  d.c0 = c0.data();
+  d.dh_n = dh_n.data();
+  d.dgates = dgates.data();
+  d.dgates_next = next.data();
+  d.carry = carry.data();
+  if (p.sizes.projected) {
+    d.dh = dh.data();
+    d.h_tilde = all_h_tilde.data();
+    d.dw_hr = dw_hr.data();
+  }
+  d.dh0 = dh0.data();
+  if (c.cell == Cell::kLstm) d.dc0 = dc0.data();
+  d.dw_ih = dw_ih.data();
+  d.dw_hh = dw_hh.data();
+  d.db_ih = db_ih.data();
+  d.db_hh = db_hh.data();
+  d.reset = reset;
+  for (int64_t i = 0; i < chunks; ++i) {
+    d.chunk = chunk_at(c, steps, i, !c.reverse);
+    d.gates = saved.data() + p.row0[d.chunk.begin] * width;
+    run(c.plan,
+        [&](const Slot& slot) { table.backward[static_cast<int>(c.cell)](backward, slot); });
+    const int64_t t = c.reverse ? d.chunk.end - 1 : d.chunk.begin;
+    const double* from = dgates.data() + (p.row0[t] - p.row0[d.chunk.begin]) * width;
+    std::copy(from, from + p.rows[t] * width, next.begin());
+  }
+  const auto check_gradient = [&](const char* what, Values Problem::* member, const Values& got) {
+    constexpr double step = 1e-6;
+    const size_t stride = got.size() / 12 + 1;  // a sample of the entries
+    Values some, numeric;
+    for (size_t i = 0; i < got.size(); i += stride) {
+      Problem up = p, down = p;
+      (up.*member)[i] += step;
+      (down.*member)[i] -= step;
+      some.push_back(got[i]);
+      numeric.push_back((loss(c, up) - loss(c, down)) / (2 * step));
+    }
+    expect_close(what, c, some, numeric, 2e-7);
+  };
+  check_gradient("dx", &Problem::x, dx);
+  check_gradient("dh0", &Problem::h0, dh0);
+  if (c.cell == Cell::kLstm) check_gradient("dc0", &Problem::c0, dc0);
+  check_gradient("dw_ih", &Problem::w_ih, dw_ih);
+  check_gradient("dw_hh", &Problem::w_hh, dw_hh);
+  check_gradient("db_ih", &Problem::b_ih, db_ih);
+  check_gradient("db_hh", &Problem::b_hh, db_hh);
+  if (p.sizes.projected) check_gradient("dw_hr", &Problem::w_hr, dw_hr);
+}
+
+}  // namespace
+}  // namespace fusedrnn
+
+int main(int argc, char** argv) {
+  using namespace fusedrnn;
+  if (argc > 1) set_isa(argv[1]);
+  int cases = 0;
+  for (Cell cell : {Cell::kLstm, Cell::kGru, Cell::kRnnTanh, Cell::kRnnRelu}) {
+    for (const std::vector<int64_t>& lengths :
+         {std::vector<int64_t>{1}, {5}, {4, 4, 4, 4, 4, 4, 4}, {6, 5, 5, 2, 1, 0}}) {
+      for (auto [input, hidden] : {std::pair<int64_t, int64_t>{3, 5}, {17, 16}, {2, 35}}) {
+        for (bool reverse : {false, true}) {
+          for (bool reset : {false, true}) {
+            for (Plan plan : {Plan{1, 1, 1}, Plan{1, 2, 1}, Plan{1, 1, 2}, Plan{1, 2, 2}}) {
+              for (int64_t output : {hidden, int64_t{4}}) {
+                if (output != hidden && cell != Cell::kLstm) continue;
+                check({cell, static_cast<int64_t>(lengths.size()), input, hidden, output, lengths,
+                       reverse, reset, plan, 2},
+                      current_isa().table<double>());
+                ++cases;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  std::printf("%s: %d cases, %d failures\n", current_isa().name, cases, failures);
+  return failures == 0 ? 0 : 1;
+}
