@@ -127,7 +127,7 @@ struct ForwardArgs {
   Schedule schedule;
   int directions;
   bool save;       // keep activated gates (and cells) for backward
-  const S* zeros;  // (4 Hp)
+  const S* zeros;  // (max(4 Hp, Pp))
   ForwardDirection<S> direction[2];
 };
 
@@ -165,7 +165,7 @@ struct BackwardArgs {
   Sizes sizes;
   Schedule schedule;
   int directions;
-  const S* zeros;  // (4 Hp)
+  const S* zeros;  // (max(4 Hp, Pp))
   S* dx;           // (io rows, I), added to; or null: not wanted
   S* panels[2];    // scratch: x and h_prev of a chunk as panels, see gradient_panels_size
   S* columns;      // scratch: per thread, (chunk rows, kGradientRows)

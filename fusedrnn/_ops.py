@@ -29,6 +29,13 @@ layer_forward = torch.ops.fusedrnn.layer_forward.default
 layer_backward = torch.ops.fusedrnn.layer_backward.default
 
 
+def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """One tensor on meta among real ones brings a real call here: it must not get empty results."""
+    for other in others:
+        if other is not None and other.device != x.device and other.device.type != "cpu":
+            raise ValueError(f"expected tensors on {x.device} like x, got one on {other.device}")
+
+
 @torch.library.register_fake("fusedrnn::layer_forward")
 def _layer_forward_fake(
     mode: str,
@@ -43,6 +50,7 @@ def _layer_forward_fake(
     bidirectional: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(x, lengths, batch_sizes, reset, h0, c0, *params)
     directions = 2 if bidirectional else 1
     gate_rows, proj_size = params[1].shape
     hidden_size = gate_rows // GATES[mode]
@@ -57,7 +65,6 @@ def _layer_forward_fake(
     h_n = x.new_empty((directions, batch, proj_size))
     c_n = x.new_empty((directions, batch, hidden_size) if lstm else (0,))
     padded = (hidden_size + 15) // 16 * 16  # kUnitAlignment in csrc/recurrence.h
-    padded = (hidden_size + 15) // 16 * 16  # the kernels save whole vectors of hidden units
     has_gates = save and mode in ("LSTM", "GRU")
     gates = x.new_empty((rows, directions, 4 * padded) if has_gates else (0,))
     cell_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -85,6 +92,8 @@ def _layer_backward_fake(
     bidirectional: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    _check_devices(x, lengths, batch_sizes, reset, h0, c0, *params, dy, dh_n, dc_n, y, gates, cells)
+
     def gradient(of: Tensor | None, wanted: bool) -> Tensor:
         return x.new_empty(of.shape if wanted and of is not None else (0,))
 

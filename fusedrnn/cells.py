@@ -105,32 +105,30 @@ def _step(
     dtype = autocast_dtype(mode in ("LSTM", "GRU"), x, h if c is None else c)
     if dtype is not None:
         x, h, c, *params = cast([x, h, c, *params], dtype)
-    _check_input(x, params[0])
-    if h is not None:
-        hidden_size = params[1].shape[1]
-        _check_state(0, h, x, hidden_size)
-        h = h.unsqueeze(0)
-        if c is not None:
-            _check_state(1, c, x, hidden_size)
-            c = c.unsqueeze(0)
+    hidden_size = params[1].shape[1]
+    _check_input_size(x, params[0])
+    for index, state in enumerate((h, c)):
+        if state is not None:
+            _check_state_size(index, state, x, hidden_size)
+    _check_kind("input", x, "the weights'", params[0])
+    for index, state in enumerate((h, c)):
+        if state is not None:
+            _check_kind(f"hidden{index}", state, "input's", x)
+    h = None if h is None else h.unsqueeze(0)
+    c = None if c is None else c.unsqueeze(0)
     _, h_n, c_n = layer(mode, x.unsqueeze(0), None, None, None, h, c, params, has_biases, False)
     axes = 0 if batched else (0, 1)
     return h_n.squeeze(axes), c_n.squeeze(axes) if mode == "LSTM" else c_n
 
 
-def _check_input(x: Tensor, weight: Tensor) -> None:
+def _check_input_size(x: Tensor, weight: Tensor) -> None:
     if x.shape[1] != weight.shape[1]:
         raise RuntimeError(
             f"input has inconsistent input_size: got {x.shape[1]} expected {weight.shape[1]}"
         )
-    if x.dtype != weight.dtype or x.device != weight.device:
-        raise RuntimeError(
-            f"input must have the weights' dtype {weight.dtype} and device {weight.device}, got "
-            f"{x.dtype} on {x.device}"
-        )
 
 
-def _check_state(index: int, state: Tensor, x: Tensor, hidden_size: int) -> None:
+def _check_state_size(index: int, state: Tensor, x: Tensor, hidden_size: int) -> None:
     name = f"hidden{index}"
     if state.dim() != 2:
         raise RuntimeError(
@@ -144,8 +142,11 @@ def _check_state(index: int, state: Tensor, x: Tensor, hidden_size: int) -> None
         raise RuntimeError(
             f"{name} has inconsistent hidden_size: got {state.shape[1]}, expected {hidden_size}"
         )
-    if state.dtype != x.dtype or state.device != x.device:
+
+
+def _check_kind(name: str, tensor: Tensor, whose: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype or tensor.device != other.device:
         raise RuntimeError(
-            f"{name} must have input's dtype {x.dtype} and device {x.device}, got {state.dtype} on "
-            f"{state.device}"
+            f"{name} must have {whose} dtype {other.dtype} and device {other.device}, got "
+            f"{tensor.dtype} on {tensor.device}"
         )

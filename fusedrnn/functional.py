@@ -160,6 +160,7 @@ def recurrent(
         c0 = None if c0 is None else c0.unsqueeze(1)
     else:
         x = input.transpose(0, 1) if batch_first else input
+    cell_dtype = _cell_dtype(mode, x, c0, params)
     x, h0, c0, params = _prepare(
         mode, x, h0, c0, params, num_layers, bidirectional, x.shape[1], packed=False
     )
@@ -177,6 +178,8 @@ def recurrent(
         mode, x, lengths, None, reset, h0, c0, params, has_biases, num_layers, dropout,
         bidirectional,
     )  # fmt: skip
+    if cell_dtype is not None:
+        c_n = c_n.to(cell_dtype)
     if rank == 2:
         y, h_n = y.squeeze(1), h_n.squeeze(1)
         if mode == "LSTM":
@@ -207,6 +210,7 @@ def _recurrent_packed(
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     h0, c0 = (None, None) if hx is None else _states(mode, hx, 3)
     batch = 0 if h0 is None else int(batch_sizes[0])  # read where there is a state to check
+    cell_dtype = _cell_dtype(mode, data, c0, params)
     x, h0, c0, params = _prepare(
         mode, data, h0, c0, params, num_layers, bidirectional, batch, packed=True
     )
@@ -217,12 +221,27 @@ def _recurrent_packed(
         mode, x, None, batch_sizes, None, h0, c0, params, has_biases, num_layers, dropout,
         bidirectional,
     )  # fmt: skip
+    if cell_dtype is not None:
+        c_n = c_n.to(cell_dtype)
     if unsorted_indices is not None:
         h_n = h_n.index_select(1, unsorted_indices)
         if mode == "LSTM":
             c_n = c_n.index_select(1, unsorted_indices)
     output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
     return output, (h_n, c_n) if mode == "LSTM" else h_n
+
+
+def _cell_dtype(
+    mode: str, x: Tensor, c0: Tensor | None, params: Sequence[Tensor]
+) -> torch.dtype | None:
+    """c_n's dtype where it is not output's: under autocast torch.nn composes a projected LSTM."""
+    if mode != "LSTM" or not autocast_enabled(x) or not _is_projected(mode, params):
+        return None
+    return autocast_dtype(True, x, c0)
+
+
+def _is_projected(mode: str, params: Sequence[Tensor]) -> bool:
+    return params[1].shape[0] != GATES[mode] * params[1].shape[1]
 
 
 def _states(mode: str, hx: Any, rank: int) -> tuple[Tensor, Tensor | None]:
@@ -260,8 +279,7 @@ def _prepare(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor]]:
     """Autocast, then check the input and the states against the first layer's weights."""
     if autocast_enabled(x):
-        projected = params[1].shape[0] != GATES[mode] * params[1].shape[1]
-        composed = mode == "GRU" or (mode == "LSTM" and packed and not projected)
+        composed = mode == "GRU" or (mode == "LSTM" and packed and not _is_projected(mode, params))
         dtype = autocast_dtype(composed, x, h0 if c0 is None else c0)
         if dtype is not None:
             x, h0, c0, *params = cast([x, h0, c0, *params], dtype)

@@ -109,7 +109,7 @@ class BackwardRun {
     const Sizes& sizes = layer_.sizes;
     const int64_t gates = gate_blocks(layer_.cell) * hidden_;
     const int threads = plan_team(work_, at::get_num_threads()).threads();
-    scratch_.want(&zeros_, 4 * hidden_);
+    scratch_.want(&zeros_, zero_count());
     scratch_.want(&args_.panels[0], most_rows_ * whole_panels(sizes.input));
     scratch_.want(&args_.panels[1],
                   most_rows_ * whole_panels(std::max(sizes.output, sizes.hidden)));
@@ -133,11 +133,13 @@ class BackwardRun {
       }
     }
     scratch_.allocate();
-    std::fill(zeros_, zeros_ + 4 * hidden_, S(0));
+    std::fill(zeros_, zeros_ + zero_count(), S(0));
     args_.zeros = zeros_;
     // Its tails are read, though never used: they should not hold NaN or denormals.
     std::fill(args_.columns, args_.columns + threads * args_.columns_stride, S(0));
   }
+
+  int64_t zero_count() const { return std::max(4 * hidden_, output_); }
 
   void fill_states() {
     const Values<S> h0(in_.layer.h0), c0(in_.layer.c0), dh_n(in_.dh_n), dc_n(in_.dc_n);
@@ -227,6 +229,8 @@ void check_backward(const Layer& layer, const BackwardInputs& in, const c10::Lis
   }
   TORCH_CHECK_VALUE(mask.size() == in.layer.params.size() + 3, "output_mask: expected ",
                     in.layer.params.size() + 3, " values, got ", mask.size());
+  TORCH_CHECK_VALUE(!mask[1] || in.layer.h0, "output_mask[1]: h0 is absent and has no gradient");
+  TORCH_CHECK_VALUE(!mask[2] || in.layer.c0, "output_mask[2]: c0 is absent and has no gradient");
 }
 
 Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,

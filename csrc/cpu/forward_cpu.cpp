@@ -35,7 +35,8 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
 
   Scratch<S> scratch;
   S* zeros = nullptr;
-  scratch.want(&zeros, 4 * hidden);
+  const int64_t zero_count = std::max(4 * hidden, output);
+  scratch.want(&zeros, zero_count);
   for (int d = 0; d < layer.directions; ++d) {
     ForwardDirection<S>& dir = args.direction[d];
     weights[d] = WeightValues<S>(layer, in.params, d);
@@ -65,7 +66,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     if (!(save && direct)) scratch.want(&dir.gates, most_rows * gates_width);
   }
   scratch.allocate();
-  std::fill(zeros, zeros + 4 * hidden, S(0));
+  std::fill(zeros, zeros + zero_count, S(0));
   args.zeros = zeros;
   for (int d = 0; d < layer.directions; ++d) {
     ForwardDirection<S>& dir = args.direction[d];
