@@ -1,0 +1,45 @@
+"""What every test starts from, and is put back to: seed, threads, instruction set, dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn import _C
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # torch.nn's own remarks; everything else should be seen.
+    for message in (
+        "LSTM with projections",
+        "dropout option adds dropout",
+        "`torch.jit.script",
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+@pytest.fixture(autouse=True)
+def _clean_state() -> Iterator[None]:
+    """Seed before each test; after it, what it changed for the whole process is changed back."""
+    threads, isa = torch.get_num_threads(), _C.get_cpu_isa()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    _C.set_cpu_isa(isa)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture(params=fusedrnn.cpu_isas())
+def isa(request: pytest.FixtureRequest) -> str:
+    """Run the test once with each instruction set of this machine."""
+    _C.set_cpu_isa(request.param)
+    return request.param
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """Small work, which torch.nn would spread over threads: alone it is several times faster."""
+    torch.set_num_threads(1)

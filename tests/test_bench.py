@@ -1,0 +1,196 @@
+"""The benchmark harness: the protocol it promises, and that no wrong peer is ever timed."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import compare, machine, peers, report, timing
+from bench.shapes import CELLS, SHAPES, Shape
+
+SMALL = Shape(3, 7, 5, 4)
+
+
+def test_shapes() -> None:
+    assert len(set(SHAPES)) == 13
+    assert Shape.parse("1,2,3,4") == Shape(1, 2, 3, 4)
+    assert str(Shape(1, 2, 3, 4)) == "1,2,3,4"
+    for wrong in ("1,2,3", "1,2,3,4,5", "a,b,c,d", "0,1,1,1", ""):
+        with pytest.raises(ValueError, match=r"B,T,I,H|at least 1"):
+            Shape.parse(wrong)
+
+
+def test_plan_fits_the_bound() -> None:
+    how = timing.plan({"a": 1e-3, "b": 1e-2}, rounds=9, bound=5.0)
+    assert how.rounds == 9
+    spent = how.rounds * sum(
+        timing.SETTLE_SECONDS + (how.repeats[n] + 1) * s for n, s in {"a": 1e-3, "b": 1e-2}.items()
+    )
+    assert 4.0 < spent <= 5.0
+
+
+def test_plan_gives_up_rounds_for_slow_calls() -> None:
+    assert timing.plan({"a": 0.3, "b": 0.3}, 25, 10.0) == timing.Plan(8, {"a": 1, "b": 1})
+    assert timing.plan({"a": 9.0, "b": 9.0}, 25, 10.0).rounds == timing.MIN_ROUNDS
+    assert timing.plan({"a": 9.0, "b": 9.0}, 3, 10.0).rounds == 3
+
+
+def test_rounds_are_interleaved(monkeypatch) -> None:
+    order = []
+    blocks = {"a": 1.0, "b": 2.0, "c": 4.0}
+
+    def fake_block(call, repeats):
+        call()
+        return blocks[order[-1]]
+
+    monkeypatch.setattr(timing, "time_block", fake_block)
+    calls = {name: (lambda name=name: order.append(name)) for name in blocks}
+    seconds = timing.paired(calls, rounds=3, bound=600.0)
+    assert order[-9:] == list("abcbcacab"), "all in each round, another one first each time"
+    assert seconds == {name: [s] * 3 for name, s in blocks.items()}
+    assert timing.ratio(seconds, "c", "a") == 4.0
+
+
+def test_ratio_is_the_median_of_paired_ratios() -> None:
+    # The machine halves its speed in the last two rounds: paired ratios do not notice.
+    seconds = {"peer": [3.0, 3.0, 6.0, 6.6, 90.0], "fusedrnn": [1.0, 1.0, 2.0, 2.0, 1.0]}
+    assert timing.ratio(seconds, "peer", "fusedrnn") == 3.0
+
+
+@pytest.mark.parametrize("peer", list(peers.PEERS))
+@pytest.mark.parametrize("cell", CELLS)
+def test_peers_compute_the_same(cell: str, peer: str) -> None:
+    if peer not in peers.installed_peers():
+        pytest.skip(f"{peer} or onnx is not installed")
+    calls = peers.forward_calls(cell, SMALL, [peer], 1)
+    assert list(calls) == ["torch.nn", "fusedrnn", peers.PEERS[peer]]
+    for call in calls.values():
+        sizes = [x.numel() for x in peers.outputs_of(call())]
+        assert sizes == [7 * 3 * 4] + [3 * 4] * (2 if cell == "lstm" else 1)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_peer_with_wrong_gates_is_refused(cell: str, monkeypatch) -> None:
+    if "onnxruntime" not in peers.installed_peers():
+        pytest.skip("onnxruntime or onnx is not installed")
+    straight = {name: tuple(range(len(order))) for name, order in peers.ONNX_GATES.items()}
+    monkeypatch.setattr(peers, "ONNX_GATES", straight)
+    with pytest.raises(peers.WrongResult, match=f"ONNX Runtime, {cell}"):
+        peers.forward_calls(cell, SMALL, ["onnxruntime"], 1)
+
+
+@pytest.mark.parametrize("parameter", ["weight_hh_l0", "bias_hh_l0"])
+@pytest.mark.parametrize("which", ["forward", "training"])
+def test_a_wrong_fused_module_is_refused(which: str, parameter: str, monkeypatch) -> None:
+    honest = peers.fused_module
+
+    def wrong(cell, module):
+        fused = honest(cell, module)
+        with torch.no_grad():
+            getattr(fused, parameter).add_(0.01)
+        return fused
+
+    monkeypatch.setattr(peers, "fused_module", wrong)
+    arguments = ([], 1) if which == "forward" else ()
+    with pytest.raises(peers.WrongResult, match="fusedrnn, gru"):
+        getattr(peers, f"{which}_calls")("gru", SMALL, *arguments)
+
+
+def test_nan_and_missing_results_are_refused() -> None:
+    good = [torch.zeros(3)]
+    with pytest.raises(peers.WrongResult, match="away"):
+        peers.check("x", [torch.full((3,), float("nan"))], good, 1e-4)
+    with pytest.raises(peers.WrongResult, match="sizes"):
+        peers.check("x", [], good, 1e-4)
+
+
+def test_training_sides_keep_their_own_gradients() -> None:
+    calls = peers.training_calls("rnn", SMALL)
+    first = calls["torch.nn"]()
+    kept = [g.clone() for g in first]
+    second = calls["fusedrnn"]()
+    assert all(a.equal(b) for a, b in zip(first, kept, strict=True))
+    assert all(a is not b for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("first", "second", "low"), [(0.9, 1.1, False), (0.9, 0.8, True)])
+def test_a_low_reading_is_timed_again(first, second, low, monkeypatch) -> None:
+    readings = iter([first, second])
+    asked = []
+
+    def fake(calls, rounds, bound):
+        asked.append((list(calls), rounds))
+        value = next(readings)
+        return {n: [1.0 if n == "fusedrnn" else value] * rounds for n in calls}
+
+    monkeypatch.setattr(compare, "paired", fake)
+    calls = dict.fromkeys(["torch.nn", "fusedrnn", "OpenVINO"], lambda: None)
+    result = compare.measure("gru", "forward", SMALL, calls, 9, 1.0)
+    assert asked == [(list(calls), 9), (["torch.nn", "fusedrnn"], 25)]
+    assert result.retimed
+    assert (result.ratios["torch.nn"] < compare.FLOOR) is low
+    assert result.ratios["OpenVINO"] == first
+
+
+def results_of(*ratios: float) -> list[report.Result]:
+    return [
+        report.Result(
+            "gru", "forward", s, {"torch.nn": r * 1e-3, "fusedrnn": 1e-3}, {"torch.nn": r}, 9
+        )
+        for s, r in zip(SHAPES, ratios, strict=False)
+    ]
+
+
+def test_report() -> None:
+    assert report.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+    text = report.markdown({"cpu": "a processor"}, results_of(4.0, 1.0, 0.5))
+    assert "- cpu: a processor" in text
+    assert "**1.26**" in text, "the geometric mean"
+    assert f"Worst shape against torch.nn: {SHAPES[2]} at 0.50." in text
+    assert "| 1 of 3 |" in text, "one shape where torch.nn is quicker"
+
+
+def test_the_program(tmp_path: Path, capsys) -> None:
+    threads = torch.get_num_threads()
+    options = ["--shapes", str(SMALL), "--rounds", "3", "--seconds", "0.2", "--threads", "1"]
+    try:
+        assert compare.main([*options, "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    shown = capsys.readouterr().out
+    saved = json.loads((tmp_path / "compare.json").read_text())
+    assert len(saved["results"]) == len(CELLS) * 2
+    for result in saved["results"]:
+        assert result["shape"] == str(SMALL)
+        assert min(result["seconds"].values()) > 0
+        assert result["ratios"]["torch.nn"] > 0
+        contestants = 2 + (len(peers.installed_peers()) if result["mode"] == "forward" else 0)
+        assert len(result["seconds"]) == contestants
+    assert "### LSTM, training" in shown
+    assert (tmp_path / "compare.md").read_text() in shown
+    assert saved["header"]["threads"] == "1"
+    assert "other processes" in saved["header"]["other load"]
+
+
+def test_other_load_is_measured() -> None:
+    load = machine.OtherLoad()
+    deadline = time.perf_counter() + 0.5
+    while time.perf_counter() < deadline:
+        pass
+    mine = load.share()
+    assert 0 <= mine <= 1
+    before = load.start
+    # the same half second, but as if none of its work had been ours
+    load.start = (before[0], before[1], load.now()[2])
+    assert load.share() > mine
+
+
+def test_bad_options(capsys) -> None:
+    for options in (["--shapes", "1,2"], ["--rounds", "0"], ["--cells", "mlp"]):
+        with pytest.raises(SystemExit, match="2"):
+            compare.parse(options)
+    assert "B,T,I,H" in capsys.readouterr().err

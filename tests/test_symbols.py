@@ -1,0 +1,105 @@
+"""No code of an instruction set can stand in for another's: what the linker may merge lies apart.
+
+An inline function or template that is compiled for AVX-512 and not in that set's own namespace is a
+weak symbol; the linker keeps any one copy, and machines without AVX-512 would crash in it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fusedrnn
+from fusedrnn import _C
+
+ROOT = Path(fusedrnn.__file__).resolve().parents[1]
+NM = shutil.which("nm")
+pytestmark = pytest.mark.skipif(NM is None, reason="nm is not installed (binutils)")
+
+# `address type name`; V, v, W, w, u are weak or unique: one copy is kept of many.
+WEAK = re.compile(r"^\s*[0-9a-f]*\s+([VvWwu])\s+(.*)$")
+
+
+def symbols(path: Path) -> str:
+    command = [NM, "-C", "--defined-only", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def weak_outside(listing: str, isa: str) -> list[str]:
+    """Weak symbols that are not of namespace fusedrnn::<isa>."""
+    found = [match[2] for match in map(WEAK.match, listing.splitlines()) if match]
+    # A template's name may begin with its return type: the namespace of what it is counts.
+    own = re.compile(
+        rf"(^|[\s*&])(fusedrnn::{isa}::|(guard variable|vtable|typeinfo).*fusedrnn::{isa}::)"
+    )
+    return [name for name in found if not own.search(name.split("(")[0])]
+
+
+def kernel_objects() -> list[Path]:
+    """The kernels' object files of the newest build, if this checkout has been built in place."""
+    return sorted((ROOT / "build").glob("**/kernels_*.o"))
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_kernel_objects_keep_to_their_namespace(isa: str) -> None:
+    objects = [path for path in kernel_objects() if path.stem == f"kernels_{isa}"]
+    if not objects:
+        pytest.skip("no object files: fusedrnn was not built in place")
+    for path in objects:
+        listing = symbols(path)
+        assert f"fusedrnn::{isa}::" in listing, "not the kernels at all"
+        assert weak_outside(listing, isa) == []
+
+
+def test_every_instruction_set_is_in_the_library() -> None:
+    listing = symbols(Path(_C.__file__))
+    if len(listing.splitlines()) < 10:
+        pytest.skip("the extension was stripped")
+    for isa in fusedrnn.cpu_isas():
+        assert f"fusedrnn::{isa}::" in listing
+
+
+def test_the_library_shares_no_kernel_code() -> None:
+    """In the library: fusedrnn's weak symbols outside the sets' namespaces are not kernels."""
+    kernels = re.compile(
+        r"\b(lstm|gru)_(forward|backward)|forward_chunk|backward_chunk|reduced_exp|sigmoid|"
+        r"multiply|transpose|pack_by|\bmap<"
+    )
+    for line in symbols(Path(_C.__file__)).splitlines():
+        match = WEAK.match(line)
+        if match is None or "fusedrnn::" not in match[2]:
+            continue
+        name = match[2]
+        if kernels.search(name.split("(")[0]):
+            assert re.search(r"fusedrnn::(baseline|avx2|avx512)::", name), name
+
+
+def test_the_checks_can_fail() -> None:
+    listing = "\n".join(
+        [
+            "0000000000000000 W fusedrnn::share(long, int, int)",
+            "0000000000000000 W void fusedrnn::avx2::map<float>(float const*, float*, long)",
+            "0000000000000000 W std::vector<long>::push_back(long const&)",
+            "0000000000000000 t fusedrnn::anything(int)",
+        ]
+    )
+    assert weak_outside(listing, "avx2") == [
+        "fusedrnn::share(long, int, int)",
+        "std::vector<long>::push_back(long const&)",
+    ]
+
+
+def test_no_flag_that_changes_the_process() -> None:
+    """Linking with -ffast-math turns on flush-to-zero in whatever process loads the library."""
+    setup = ROOT / "setup.py"
+    if not setup.exists():
+        pytest.skip("installed without its sources")
+    code = "\n".join(line.split("#")[0] for line in setup.read_text().splitlines())
+    for flag in ("-ffast-math", "-Ofast", "-march=native"):
+        assert flag not in code
+    assert "crtfastm" not in symbols(Path(_C.__file__))
+    assert "set_fast_math" not in symbols(Path(_C.__file__))

@@ -1,0 +1,405 @@
+"""Threads and processes: the same numbers however many there are, and no call that hangs.
+
+What could hang runs in a process of its own, with a time limit.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedrnn
+import oracle
+from fusedrnn import _C
+
+ROOT = Path(fusedrnn.__file__).resolve().parents[1]
+# T, B, I, H of work that is split by rows, by hidden units, by directions, and not at all.
+SHAPES = {"rows": (20, 48, 32, 64), "units": (20, 2, 64, 320), "small": (3, 2, 4, 5)}
+
+
+def build(mode: str, shape: tuple[int, ...], **options: Any) -> nn.Module:
+    if mode.startswith("RNN"):
+        options["nonlinearity"] = mode[4:].lower()
+    return getattr(fusedrnn, mode.split("_")[0])(shape[2], shape[3], **options)
+
+
+def train(net: nn.Module, x: Tensor, **extras: Tensor) -> list[Tensor]:
+    outputs = oracle.tensors(net(x, **extras))
+    torch.manual_seed(1)
+    dys = [torch.randn(t.shape).to(t.dtype) for t in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, list(net.parameters()), dys)]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> None:
+    """Sums may be split elsewhere for another number of threads; nothing else may differ."""
+    for mine, theirs in zip(found, expected, strict=True):
+        scale = theirs.abs().max().item()
+        assert (mine - theirs).abs().max().item() <= 64 * scale * torch.finfo(mine.dtype).eps
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+# Not RNN_RELU: its slope jumps where a sum is zero, which another order of summation may move.
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+def test_any_number_of_threads(mode: str, shape: str, bidirectional: bool, ragged: bool) -> None:
+    steps, batch, *_ = sizes = SHAPES[shape]
+    net = build(mode, sizes, bidirectional=bidirectional)
+    x = torch.randn(steps, batch, sizes[2])
+    extras = {}
+    if ragged:
+        extras["lengths"] = torch.randint(0, steps + 1, (batch,))
+        extras["reset"] = torch.rand(steps, batch) < 0.1
+    with oracle.num_threads(1):
+        expected = train(net, x, **extras)
+    for count in (2, 3, 4):
+        with oracle.num_threads(count):
+            first = train(net, x, **extras)
+            same(first, expected)
+            assert oracle.same_bits(first, train(net, x, **extras)), "not reproducible"
+
+
+def test_projection_with_any_number_of_threads() -> None:
+    net = fusedrnn.LSTM(40, 200, proj_size=90, bidirectional=True)
+    x = torch.randn(12, 6, 40)
+    with oracle.num_threads(1):
+        expected = train(net, x)
+    for count in (2, 3, 4):
+        with oracle.num_threads(count):
+            same(train(net, x), expected)
+
+
+def test_calls_at_once() -> None:
+    """Several Python threads, each with nets of its own and one that they share."""
+    shared = build("LSTM", SHAPES["rows"])
+    inputs = [torch.randn(20, 48, 32) for _ in range(4)]
+    own = [build("GRU", SHAPES["rows"]) for _ in inputs]
+    expected = [(train(shared, x), train(net, x)) for x, net in zip(inputs, own, strict=True)]
+    failures: list[BaseException] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(5):
+                with torch.no_grad():
+                    y, _ = shared(inputs[index])
+                torch.testing.assert_close(y, expected[index][0][0].detach(), rtol=1e-5, atol=1e-6)
+                found = own[index](inputs[index])[0]
+                torch.testing.assert_close(found, expected[index][1][0], rtol=1e-5, atol=1e-6)
+                found.sum().backward()
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(inputs))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+        assert not worker.is_alive(), "hangs"
+    if failures:
+        raise failures[0]
+
+
+def test_the_instruction_set_may_change_meanwhile() -> None:
+    net = build("GRU", SHAPES["rows"])
+    x = torch.randn(20, 48, 32)
+    with torch.no_grad():
+        expected, _ = net(x)
+        done = threading.Event()
+
+        def switch() -> None:
+            while not done.is_set():
+                for name in fusedrnn.cpu_isas():
+                    _C.set_cpu_isa(name)
+                    time.sleep(1e-4)
+
+        worker = threading.Thread(target=switch, daemon=True)
+        worker.start()
+        try:
+            for _ in range(60):
+                torch.testing.assert_close(net(x)[0], expected, rtol=1e-5, atol=1e-6)
+        finally:
+            done.set()
+            worker.join(timeout=10)
+
+
+# --- in a process of its own --------------------------------------------------------------------
+
+PRELUDE = """
+import os, sys, threading, time
+import torch
+import fusedrnn
+torch.manual_seed(0)
+net = fusedrnn.LSTM(64, 192, bidirectional=True)
+x = torch.randn(20, 16, 64)
+def train():
+    y, (h, c) = net(x)
+    grads = torch.autograd.grad(y.pow(2).sum() + c.sum(), list(net.parameters()))
+    return [y.detach(), h.detach(), c.detach(), *grads]
+def expect(found, expected):
+    for mine, theirs in zip(found, expected, strict=True):
+        scale = theirs.abs().max().item()
+        assert (mine - theirs).abs().max().item() <= 1e-5 * scale
+"""
+
+
+def run(code: str, timeout: float = 90, **environment: str) -> str:
+    """Run PRELUDE and ``code`` in a fresh interpreter; its output."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "FUSEDRNN_"))}
+    env |= {"PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
+        env=env, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+AGREES_WITH_ONE_THREAD = """
+found = [train() for _ in range(3)][-1]
+torch.set_num_threads(1)
+expect(found, train())
+print("agrees")
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "4"},
+        {"OMP_THREAD_LIMIT": "3", "OMP_NUM_THREADS": "4"},
+        {"OMP_NUM_THREADS": "8"},  # more than there are cores, on small machines
+        {"OMP_NUM_THREADS": "8", "OMP_WAIT_POLICY": "active"},
+        {"OMP_DYNAMIC": "true", "OMP_NUM_THREADS": "4"},
+        {"OMP_NUM_THREADS": "1"},
+    ],
+    ids=lambda e: " ".join(f"{k}={v}" for k, v in e.items()),
+)
+def test_openmp_settings(environment: dict[str, str]) -> None:
+    """A team may be smaller than asked for: nobody may wait for who never came."""
+    assert "agrees" in run(AGREES_WITH_ONE_THREAD, **environment)
+
+
+def test_teams_beside_teams() -> None:
+    """Four threads at once with a team each, several times as many threads as cores."""
+    code = """
+    torch.set_num_threads(1)
+    expected = train()
+    torch.set_num_threads(4)
+    failures = []
+    def work():
+        try:
+            torch.set_num_threads(4)
+            for _ in range(3):
+                expect(train(), expected)
+        except BaseException as error:
+            failures.append(error)
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    [w.start() for w in workers]
+    [w.join() for w in workers]
+    assert not failures, failures
+    print("agrees")
+    """
+    assert "agrees" in run(code)
+
+
+def test_nested_in_a_parallel_region() -> None:
+    """Called by each thread of an OpenMP team: a nested region is a team of one."""
+    code = """
+    import ctypes
+    with torch.no_grad():
+        expected = net(x)[0]
+    with open("/proc/self/maps") as maps:
+        runtimes = sorted({line.split()[-1] for line in maps if "libgomp" in line})
+    found = []
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def body(_):
+        torch.set_num_threads(3)
+        with torch.no_grad():
+            found.append(net(x)[0])
+    for runtime in runtimes:
+        ctypes.CDLL(runtime).GOMP_parallel(body, None, 3, 0)
+    assert len(found) == 3 * len(runtimes), found
+    for y in found:
+        expect([y], [expected])
+    print("agrees" if runtimes else "no libgomp")
+    """
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("the OpenMP runtime is found through /proc")
+    said = run(code)
+    if "no libgomp" in said:
+        pytest.skip("the OpenMP runtime is not GNU's")
+    assert "agrees" in said
+
+
+def test_inactive_regions() -> None:
+    """As inside another parallel region: whatever is asked for, teams of one."""
+    assert "agrees" in run(AGREES_WITH_ONE_THREAD, OMP_MAX_ACTIVE_LEVELS="0", OMP_NUM_THREADS="4")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_after_use() -> None:
+    """As DataLoader's workers do: the child sets one thread, and must not wait for the parent's."""
+    code = """
+    expected = train()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        try:
+            expect(train(), expected)
+        except BaseException as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    deadline = time.time() + 60
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        if time.time() > deadline:
+            os.kill(child, 9)
+            raise SystemExit("the child hangs")
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(status) == 0
+    expect(train(), expected)  # and the parent's threads are still there
+    print("agrees")
+    """
+    assert "agrees" in run(code)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_in_a_data_loader() -> None:
+    code = """
+    from torch.utils.data import DataLoader, Dataset
+    expected = train()
+    class Encoded(Dataset):
+        def __len__(self):
+            return 4
+        def __getitem__(self, index):
+            with torch.no_grad():
+                return net(x + index)[0]
+    if __name__ == "__main__":
+        items = list(DataLoader(Encoded(), batch_size=None, num_workers=2, timeout=60,
+                                multiprocessing_context="fork"))
+        with torch.no_grad():
+            expect(items, [net(x + i)[0] for i in range(4)])
+        print("agrees")
+    """
+    assert "agrees" in run(code)
+
+
+def test_forced_instruction_set() -> None:
+    code = "from fusedrnn import _C\nprint(_C.get_cpu_isa())"
+    for name in fusedrnn.cpu_isas():
+        assert run(code, FUSEDRNN_CPU_ISA=name).split() == [name]
+    assert run(code, FUSEDRNN_CPU_ISA="").split() == [fusedrnn.cpu_isas()[-1]]
+
+
+def test_an_unknown_forced_instruction_set_is_an_error() -> None:
+    code = """
+    try:
+        train()
+    except (ValueError, RuntimeError) as error:
+        print(error)
+    """
+    said = run(code, FUSEDRNN_CPU_ISA="mmx")
+    assert "instruction set 'mmx' is not available: expected one of" in said
+
+
+# --- denormals ----------------------------------------------------------------------------------
+
+
+def denormals_survive() -> bool:
+    """Whether this thread, and the threads that torch computes with, keep subnormal numbers."""
+    tiny = torch.full((100_000,), 1e-40)
+    return bool((tiny * 1 != 0).all()) and torch.tensor([1e-40]).mul(1).item() != 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_callers_mode_is_unchanged(count: int) -> None:
+    torch.set_num_threads(count)
+    assert denormals_survive()
+    net = build("LSTM", SHAPES["rows"])
+    x = torch.randn(20, 48, 32) * 1e-40
+    train(net, x)
+    assert denormals_survive()
+    with pytest.raises(ValueError, match="lengths"):
+        net(x, lengths=torch.full((48,), 99))
+    assert denormals_survive()
+
+
+def test_a_caller_that_flushes_still_flushes() -> None:
+    net = build("GRU", SHAPES["small"])
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        net(torch.randn(3, 2, 4))
+        assert torch.tensor([1e-40]).mul(1).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("mode", oracle.MODES)
+def test_denormal_inputs_give_right_results(mode: str, isa: str) -> None:
+    """Inputs, states, weights and gradients among the subnormals: right up to their flushing."""
+    torch.set_num_threads(1)
+    net = build(mode, SHAPES["small"])
+    with torch.no_grad():
+        net.weight_ih_l0[::2] *= 1e-39
+        net.weight_hh_l0[1::2] *= 1e-39
+    options = {"nonlinearity": net.nonlinearity} if mode.startswith("RNN") else {}
+    double = getattr(nn, type(net).__name__)(4, 5, dtype=torch.float64, **options)
+    double.load_state_dict(net.state_dict())
+    for scale in (1e-38, 1e-40, 1e-44):
+        x = torch.randn(3, 2, 4) * scale
+        found, expected = train(net, x), train(double, x.double())
+        for mine, theirs in zip(found, expected, strict=True):
+            tolerance = 32 * torch.finfo(torch.float32).eps * theirs.abs().max() + 1e-36
+            assert (mine.double() - theirs).abs().max() <= tolerance
+
+
+def test_denormals_are_not_slow() -> None:
+    """Without flushing, products of subnormal numbers take up to a hundred times as long."""
+    torch.set_num_threads(1)
+    net = build("LSTM", (50, 16, 128, 128))
+    with torch.no_grad():
+        for bias in (net.bias_ih_l0, net.bias_hh_l0):
+            bias.zero_()
+    normal = torch.randn(50, 16, 128)
+    with torch.no_grad():
+        net(normal)
+        seconds: dict[float, list[float]] = {1.0: [], 1e-40: []}
+        for _ in range(7):
+            for scale, times in seconds.items():
+                x = normal * scale
+                begin = time.perf_counter()
+                net(x)
+                times.append(time.perf_counter() - begin)
+    assert min(seconds[1e-40]) < 3 * min(seconds[1.0])
+
+
+def test_threads_do_not_hurt_small_work() -> None:
+    """Work too small to share stays on one thread, whatever the number allowed."""
+    net = build("GRU", SHAPES["small"])
+    x = torch.randn(3, 2, 4)
+    best: dict[int, float] = {}
+    with torch.no_grad():
+        for count in (1, 2) * 3:
+            with oracle.num_threads(count):
+                net(x)
+                times = []
+                for _ in range(50):
+                    begin = time.perf_counter()
+                    net(x)
+                    times.append(time.perf_counter() - begin)
+                best[count] = min(best.get(count, 1.0), min(times))
+    assert best[2] < 2 * best[1]
