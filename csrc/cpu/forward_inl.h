@@ -183,33 +183,42 @@ class ForwardChunk {
     };
 
     const CellForward<kCell, S> cell = {hidden_, save_, d_.packed.bias_hn};
-    const auto apply = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
-                           __attribute__((always_inline)) {
-#pragma GCC unroll 8
-                             for (int r = 0; r < R; ++r) {
-                               const int64_t b = b0 + r;
-                               typename CellForward<kCell, S>::Row row{};
-                               row.gates = d_.gates + (row0 - first_row_ + b) * d_.gates_stride;
-                               if constexpr (kCell == Cell::kLstm) {
-                                 row.c = d_.c + b * hidden_;
-                                 row.state = is_cut(b) ? zeros_ : row.c;
-                                 if (save_) row.cells = d_.cells + (row0 + b) * d_.cells_stride;
-                               } else if constexpr (kCell == Cell::kGru) {
-                                 row.state = h_prev(b);
-                               }
-#pragma GCC unroll 2
-                               for (int block = 0; block < Panel::blocks; ++block) {
-                                 const int64_t unit = (panel * Panel::blocks + block) * kLanes<S>;
-                                 if (unit >= hidden_) break;
-                                 const Vec<S> h = cell(tile.sum[r] + block * kGates, row, unit);
-                                 if (kCell == Cell::kLstm && sizes_.projected) {
-                                   store(d_.h_tilde + b * hidden_ + unit, h);
-                                 } else {
-                                   put_output(b, unit, h);
+    const auto apply_row = [&](const Vec<S>* sum, int64_t b, int64_t panel)
+                               __attribute__((always_inline)) {
+                                 typename CellForward<kCell, S>::Row row{};
+                                 row.gates = d_.gates + (row0 - first_row_ + b) * d_.gates_stride;
+                                 if constexpr (kCell == Cell::kLstm) {
+                                   row.c = d_.c + b * hidden_;
+                                   row.state = is_cut(b) ? zeros_ : row.c;
+                                   if (save_) row.cells = d_.cells + (row0 + b) * d_.cells_stride;
+                                 } else if constexpr (kCell == Cell::kGru) {
+                                   row.state = h_prev(b);
                                  }
-                               }
-                             }
-                           };
+#pragma GCC unroll 2
+                                 for (int block = 0; block < Panel::blocks; ++block) {
+                                   const int64_t unit = (panel * Panel::blocks + block) * kLanes<S>;
+                                   if (unit >= hidden_) break;
+                                   const Vec<S> h = cell(sum + block * kGates, row, unit);
+                                   if (kCell == Cell::kLstm && sizes_.projected) {
+                                     store(d_.h_tilde + b * hidden_ + unit, h);
+                                   } else {
+                                     put_output(b, unit, h);
+                                   }
+                                 }
+                               };
+    // A short tile meets the cell in registers. A tall one as one loop over its rows: unrolled, the
+    // cell's code for every height would not fit the caches of decoded instructions.
+    const auto apply = [&](const auto& tile, int64_t b0,
+                           int64_t panel) __attribute__((always_inline)) {
+      constexpr int rows_of_tile = std::extent_v<std::remove_reference_t<decltype(tile.sum)>, 0>;
+      if constexpr (rows_of_tile <= 2) {
+#pragma GCC unroll 2
+        for (int r = 0; r < rows_of_tile; ++r) apply_row(tile.sum[r], b0 + r, panel);
+      } else {
+#pragma GCC unroll 1
+        for (int r = 0; r < rows_of_tile; ++r) apply_row(tile.sum[r], b0 + r, panel);
+      }
+    };
     multiply_units<kGates>(mine, own_panels_, h_prev, d_.packed.recurrent, d_.weights.w_hh,
                            sizes_.hidden, sizes_.output, apply);
     if constexpr (kCell == Cell::kLstm) {
