@@ -104,6 +104,7 @@ def progress(done: int, total: int, started: float, result: report.Result) -> No
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)  # fails now, not after the measurement
     torch.set_num_threads(args.threads)
     header = machine.describe(args.threads, args.peers)
     jobs = [(m, c, s) for m in args.modes for c in args.cells for s in args.shapes]

@@ -185,7 +185,6 @@ def picture(header: dict[str, str], results: list[Result], path: Path) -> None:
 
 def save(header: dict[str, str], results: list[Result], out: Path, stem: str) -> list[Path]:
     """Write STEM.md, .json and, where matplotlib is installed, .png."""
-    out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{stem}.md", out / f"{stem}.json"]
     paths[0].write_text(markdown(header, results))
     records = [asdict(r) | {"shape": str(r.shape)} for r in results]

@@ -265,7 +265,7 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   with_scalar(layer, [&]<class S>() { BackwardRun<S>(layer, storage, saved, out).run(); });
 
   const auto result = [&](const at::Tensor& t) {
-    return t.defined() ? t.to(layer.dtype) : at::empty({0}, x.options());
+    return t.defined() ? as_dtype(t, layer.dtype) : at::empty({0}, x.options());
   };
   std::vector<at::Tensor> dparams;
   for (const at::Tensor& t : out.dparams) dparams.push_back(result(t));

@@ -157,7 +157,8 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   }
   with_scalar(layer,
               [&]<class S>() { run_forward<S>(layer, storage, in, y, h_n, c_n, gates, cells); });
-  return {y.to(layer.dtype), h_n.to(layer.dtype), c_n.to(layer.dtype), gates, cells};
+  return {as_dtype(y, layer.dtype), as_dtype(h_n, layer.dtype), as_dtype(c_n, layer.dtype), gates,
+          cells};
 }
 
 at::Tensor activation(const std::string& name, const std::string& isa_name, const at::Tensor& x) {

@@ -24,13 +24,18 @@ void with_scalar(const Layer& layer, F f) {
   }
 }
 
+// t in another dtype; short calls feel even a conversion that changes nothing.
+inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : t.to(dtype);
+}
+
 // The tensor as contiguous values of type S; holds on to the memory.
 template <class S>
 class Values {
  public:
   Values() = default;
   explicit Values(const at::Tensor& t)
-      : tensor_(t.to(at::CppTypeToScalarType<S>::value).contiguous()) {}
+      : tensor_(as_dtype(t, at::CppTypeToScalarType<S>::value).contiguous()) {}
   explicit Values(const OptionalTensor& t) {
     if (t) *this = Values(*t);
   }
