@@ -113,7 +113,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     for (int d = 0; d < layer.directions; ++d) {
       for (int64_t b = 0; b < layer.batch; ++b) {
         const S* from = args.direction[d].c + b * hidden;
-        const int64_t row = schedule.order == nullptr ? b : schedule.order[b];
+        const int64_t row = caller_row(schedule, b);
         std::copy(from, from + sizes.hidden, to + (d * layer.batch + row) * sizes.hidden);
       }
     }

@@ -10,6 +10,7 @@
 #include "cpu/plan.h"
 #include "cpu/run_team.h"
 #include "cpu/scratch.h"
+#include "cpu/walk.h"
 #include "layer.h"
 
 namespace fusedrnn {
@@ -73,7 +74,7 @@ void fill_state(S* to, const S* state, int64_t units, const Schedule& schedule) 
   std::fill(to, to + schedule.batch * stride, S(0));
   if (state == nullptr) return;
   for (int64_t b = 0; b < schedule.batch; ++b) {
-    const int64_t row = schedule.order == nullptr ? b : schedule.order[b];
+    const int64_t row = caller_row(schedule, b);
     std::copy(state + row * units, state + (row + 1) * units, to + b * stride);
   }
 }
