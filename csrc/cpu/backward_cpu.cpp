@@ -249,7 +249,7 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   const auto exact = x.options().dtype(layer.accumulate);
   const int64_t directions = layer.directions;
   GradientTensors out;
-  if (output_mask[0]) out.dx = at::zeros(x.sizes(), exact);
+  if (output_mask[0]) out.dx = zero_tensor(x.sizes(), exact);
   // Rows without a step hand their gradient straight through.
   const auto through = [&](const OptionalTensor& from, int64_t units) {
     const std::vector<int64_t> shape = {directions, layer.batch, units};
@@ -260,7 +260,7 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   if (output_mask[2] && has_cell_state(layer.cell)) out.dc0 = through(dc_n, layer.sizes.hidden);
   out.dparams.resize(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    if (output_mask[3 + i]) out.dparams[i] = at::zeros(params[i].sizes(), exact);
+    if (output_mask[3 + i]) out.dparams[i] = zero_tensor(params[i].sizes(), exact);
   }
   with_scalar(layer, [&]<class S>() { BackwardRun<S>(layer, storage, saved, out).run(); });
 

@@ -133,7 +133,7 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   const int64_t directions = layer.directions;
   // Half precision is widened on the way in and rounded on the way out.
   at::Tensor y =
-      storage.padded ? at::zeros(layer.y_shape(), exact) : at::empty(layer.y_shape(), exact);
+      storage.padded ? zero_tensor(layer.y_shape(), exact) : empty_tensor(layer.y_shape(), exact);
   at::Tensor h_n = at::empty({directions, layer.batch, sizes.output}, exact);
   if (storage.has_empty_rows) {
     if (h0) {
@@ -147,8 +147,8 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   at::Tensor gates = at::empty({0}, x.options());
   at::Tensor cells = at::empty({0}, exact);
   if (save && (lstm || layer.cell == Cell::kGru)) {
-    gates = at::empty({layer.rows, directions, 4 * sizes.hidden_padded()}, x.options());
-    if (lstm) cells = at::empty({layer.rows, directions, sizes.hidden_padded()}, exact);
+    gates = empty_saved({layer.rows, directions, 4 * sizes.hidden_padded()}, x.options());
+    if (lstm) cells = empty_saved({layer.rows, directions, sizes.hidden_padded()}, exact);
     // What no step reaches: the same call gives the same tensors.
     const int64_t valid = storage.view.row0[storage.view.steps];
     for (at::Tensor* saved : {&gates, &cells}) {

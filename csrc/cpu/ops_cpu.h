@@ -5,8 +5,10 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <memory>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/plan.h"
 #include "cpu/run_team.h"
 #include "cpu/scratch.h"
@@ -28,6 +30,27 @@ void with_scalar(const Layer& layer, F f) {
 // t in another dtype; short calls feel even a conversion that changes nothing.
 inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
   return t.scalar_type() == dtype ? t : t.to(dtype);
+}
+
+// at::empty for what goes to the caller and may be large.
+inline at::Tensor empty_tensor(at::IntArrayRef shape, const at::TensorOptions& options) {
+  at::Tensor t = at::empty(shape, options);
+  advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
+  return t;
+}
+
+inline at::Tensor zero_tensor(at::IntArrayRef shape, const at::TensorOptions& options) {
+  return empty_tensor(shape, options).zero_();
+}
+
+// The same for what only the backward pass will read: its memory is ours to keep for the next call.
+inline at::Tensor empty_saved(at::IntArrayRef shape, const at::TensorOptions& options) {
+  const size_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
+  const auto block = std::make_shared<Block>(bytes);
+  return at::for_blob(block->data(), shape)
+      .deleter([block](void*) {})
+      .options(options)
+      .make_tensor();
 }
 
 // The tensor as contiguous values of type S; holds on to the memory.

@@ -1,11 +1,12 @@
 // One allocation for all the scratch of a call.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
+
+#include "cpu/memory.h"
 
 namespace fusedrnn {
 
@@ -20,8 +21,7 @@ class Scratch {
   }
 
   void allocate() {
-    memory_ = at::empty({size_}, at::CppTypeToScalarType<S>::value);
-    S* base = memory_.template mutable_data_ptr<S>();
+    S* base = static_cast<S*>(block_.emplace(size_ * sizeof(S)).data());
     for (auto& [to, offset] : wants_) *to = base + offset;
   }
 
@@ -29,7 +29,7 @@ class Scratch {
   static constexpr int64_t kAlign = 64 / sizeof(S);
   std::vector<std::pair<S**, int64_t>> wants_;
   int64_t size_ = 0;
-  at::Tensor memory_;
+  std::optional<Block> block_;
 };
 
 }  // namespace fusedrnn

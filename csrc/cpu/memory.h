@@ -1,0 +1,36 @@
+// Memory without the cost of fresh pages.
+//
+// The first touch of a page is a fault, 2 us on the machine of docs/performance.md: for the scratch
+// of a short call more than its arithmetic, for what a long one saves a good part of it.
+#pragma once
+
+#include <cstddef>
+
+namespace fusedrnn {
+
+// Asks for huge pages (Linux, 2 MiB) in the part of [begin, begin + bytes) that can have them: one
+// fault where there were 512.
+void advise_huge_pages(void* begin, size_t bytes);
+
+// 64-byte aligned, uninitialised memory. What was given back last serves again: the process keeps
+// up to kKeptBytes of it.
+class Block {
+ public:
+  static constexpr size_t kKeptBytes = size_t{256} << 20;
+
+  explicit Block(size_t bytes);  // throws std::bad_alloc
+  ~Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+  size_t bytes_;
+};
+
+// Gives what is kept back to the system.
+void empty_cache();
+
+}  // namespace fusedrnn
