@@ -1,11 +1,10 @@
 // sigmoid and tanh for float, double and vectors of them, on host and device.
 //
 // Both rest on one function, expm1 of a reduced argument (Cody & Waite 1980): x = n ln2 + r with
-// |r| <= ln2/2, expm1(r) = r + r^2 p(r), where p is a minimax polynomial in the relative error of
-// expm1 (Remez exchange; 2^-31.9 for float, 2^-61.7 for double). tanh(|x|) = t / (t + 2) with
-// t = expm1(2|x|) loses nothing near zero; float has a minimax polynomial below 0.4. Error <= 2 ULP
-// in float over every normal input; results below the smallest normal number may be flushed to
-// zero. NaN stays NaN.
+// |r| <= ln2/2, expm1(r) = r + r^2 p(r), where p is a minimax polynomial (Remez exchange) in the
+// relative error of expm1 (2^-31.9 for float, 2^-61.7 for double). Error <= 2 ULP in float over
+// every normal input. Results below the smallest normal number are zero where the kernels run, with
+// denormals flushed. NaN stays NaN.
 #pragma once
 
 #include <cstdint>
@@ -55,8 +54,8 @@ struct ExpConstants<float> {
   static constexpr float ln2_lo = -2.12194440054690583e-4f;
   static constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr int mantissa_bits = 23;
-  static constexpr float sigmoid_underflow = -87.3365447f;  // sigmoid is subnormal below
-  static constexpr float tanh_saturation = 10.0f;           // tanh rounds to 1 above 9.02
+  static constexpr float sigmoid_limit = 88.37f;   // 2^127 < exp of it, and sigmoid is subnormal
+  static constexpr float tanh_saturation = 10.0f;  // tanh rounds to 1 above 9.02
 };
 template <>
 struct ExpConstants<double> {
@@ -65,19 +64,20 @@ struct ExpConstants<double> {
   static constexpr double ln2_lo = 1.90821492927058770002e-10;
   static constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int mantissa_bits = 52;
-  static constexpr double sigmoid_underflow = -708.39641853226408;
+  static constexpr double sigmoid_limit = 709.4;
   static constexpr double tanh_saturation = 20.0;  // tanh rounds to 1 above 19.1
 };
 
-// p(r) of expm1(r) = r + r^2 p(r).
+// expm1(r) = r + r^2 p(r). In float in Estrin's order: a shorter chain than Horner's.
 template <class V>
-FUSEDRNN_HD V expm1_polynomial(V r) {
+FUSEDRNN_HD V reduced_expm1(V r) {
   if constexpr (std::is_same_v<ScalarOf<V>, float>) {
-    V p = 0.0001984587904f * r + 0.001394063753f;
-    p = p * r + 0.008333389391f;
-    p = p * r + 0.04166636079f;
-    p = p * r + 0.1666666637f;
-    return p * r + 0.5000000044f;
+    const V square = r * r;
+    const V low = 0.1666666637f * r + 0.5000000044f;
+    const V middle = 0.008333389391f * r + 0.04166636079f;
+    const V high = 0.0001984587904f * r + 0.001394063753f;
+    const V p = (high * square + middle) * square + low;
+    return p * square + r;
   } else {
     V p = 2.0875335040737367235e-9 * r + 2.5108990040887386464e-8;
     p = p * r + 2.7557402659000692862e-7;
@@ -88,28 +88,48 @@ FUSEDRNN_HD V expm1_polynomial(V r) {
     p = p * r + 0.0083333333333216824035;
     p = p * r + 0.04166666666666650864;
     p = p * r + 0.16666666666666676517;
-    return p * r + 0.5;
+    return r + (r * r) * (p * r + 0.5);
   }
 }
 
-// exp(x) = scale + scale * expm1_r with scale = 2^n.
+// scale + scale * expm1_r with scale = unit 2^n.
 template <class V>
 struct ReducedExp {
   V scale;
   V expm1_r;
 };
 
-// x must be NaN or lie where 2^n is a normal number.
+// unit (a power of two) times exp(x), in parts. x must be NaN or lie where unit 2^n is a normal
+// number.
 template <class V>
-FUSEDRNN_HD ReducedExp<V> reduced_exp(V x) {
+FUSEDRNN_HD ReducedExp<V> reduced_exp(V x, ScalarOf<V> unit) {
   using C = ExpConstants<ScalarOf<V>>;
-  using S = ScalarOf<V>;
   const V shifted = x * C::log2e + C::rounder;
   const V n = shifted - C::rounder;
   const V r = (x - n * C::ln2_hi) - n * C::ln2_lo;
-  const IntOf<V> one = bits_as<IntOf<V>>(V{} + S(1));
-  const V scale = bits_as<V>((bits_as<IntOf<V>>(shifted) << C::mantissa_bits) + one);
-  return {scale, r + (r * r) * expm1_polynomial(r)};
+  const IntOf<V> start = bits_as<IntOf<V>>(V{} + unit);
+  const V scale = bits_as<V>((bits_as<IntOf<V>>(shifted) << C::mantissa_bits) + start);
+  return {scale, reduced_expm1(r)};
+}
+
+// The smaller or the larger one; a NaN in x stays.
+template <class V>
+FUSEDRNN_HD V at_most(V limit, V x) {
+#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<ScalarOf<V>, float> && sizeof(V) == 64) {
+    return __builtin_ia32_minps512_mask(limit, x, x, uint16_t(-1), 4);
+  } else
+#endif
+  return limit < x ? limit : x;
+}
+template <class V>
+FUSEDRNN_HD V at_least(V limit, V x) {
+#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<ScalarOf<V>, float> && sizeof(V) == 64) {
+    return __builtin_ia32_maxps512_mask(limit, x, x, uint16_t(-1), 4);
+  } else
+#endif
+  return limit > x ? limit : x;
 }
 
 // 1 / (1 + exp(-x))
@@ -117,40 +137,31 @@ template <class V>
 FUSEDRNN_HD V sigmoid(V x) {
   using C = ExpConstants<ScalarOf<V>>;
   using S = ScalarOf<V>;
-  const V zero = V{};
-  const V low = zero + C::sigmoid_underflow;
-  const V high = zero - C::sigmoid_underflow;
-  V clamped = x < low ? low : x;
-  clamped = clamped > high ? high : clamped;
-  const ReducedExp<V> e = reduced_exp<V>(-clamped);
+  const V limit = V{} + C::sigmoid_limit;
+  const ReducedExp<V> e = reduced_exp<V>(-at_least(-limit, at_most(limit, x)), S(1));
   // 1 + scale rounds the 1 away from 2^24 on (2^53 in double): `lost` brings it back.
   const V sum = S(1) + e.scale;
   const V lost = S(1) - (sum - e.scale);
-  const V result = S(1) / (sum + (e.scale * e.expm1_r + lost));
-  return x < low ? zero : result;
+  return S(1) / (sum + (e.scale * e.expm1_r + lost));
 }
 
-// sign(x) * t / (t + 2), t = exp(2|x|) - 1
+// sign(x) * t / (t + 1), t = (exp(2|x|) - 1) / 2
 template <class V>
 FUSEDRNN_HD V tanh(V x) {
   using C = ExpConstants<ScalarOf<V>>;
   using S = ScalarOf<V>;
   const IntOf<V> sign = bits_as<IntOf<V>>(x) & bits_as<IntOf<V>>(-V{});
-  V magnitude = bits_as<V>(bits_as<IntOf<V>>(x) ^ sign);
-  const V high = V{} + C::tanh_saturation;
-  magnitude = magnitude > high ? high : magnitude;
-  const ReducedExp<V> e = reduced_exp<V>(magnitude + magnitude);
-  const V t = e.scale * e.expm1_r + (e.scale - S(1));
-  V result = t / (t + S(2));
-  if constexpr (std::is_same_v<S, float>) {
-    // Three roundings in a row are more than 2 ULP near zero; the series' one is not.
-    const V square = magnitude * magnitude;
-    V p = 0.01875122824f * square - 0.05356414235f;
-    p = p * square + 0.1333123466f;
-    p = p * square - 0.3333329925f;
-    const V series = magnitude + magnitude * square * p;
-    result = square < V{} + 0.16f ? series : result;
-  }
+  const V magnitude = at_most(V{} + C::tanh_saturation, bits_as<V>(bits_as<IntOf<V>>(x) ^ sign));
+  const ReducedExp<V> e = reduced_exp<V>(magnitude + magnitude, S(0.5));
+  const V t = e.scale * e.expm1_r + (e.scale - S(0.5));
+  const V sum = t + S(1);
+  const V quotient = t / sum;
+  // Three roundings in a row would be more than 2 ULP near zero: what the sum has lost is put right
+  // to first order. 1 / sum is 1 - quotient; its square is as good there, and vanishes where the
+  // sum is so large that `lost` is itself rounded.
+  const V lost = t - (sum - S(1));
+  const V inverse = S(1) - quotient;
+  const V result = quotient - (quotient * lost) * (inverse * inverse);
   return bits_as<V>(bits_as<IntOf<V>>(result) | sign);
 }
 

@@ -2,7 +2,9 @@
 //
 // V is float or double (CUDA, tests) or a vector of them (CPU). W x and W h products, biases and
 // the time loop live elsewhere; here stands only what happens to one hidden unit at one step.
-// Gate order in memory is torch.nn's: LSTM i, f, g, o; GRU r, z, n.
+// Gate order in memory is torch.nn's: LSTM i, f, g, o; GRU r, z, n. A forward step comes in two
+// halves, the gates and what needs an activated gate first: a caller with several rows runs each
+// half over all of them, so that independent work fills the wait for an activation's long chain.
 #pragma once
 
 #include "activations.h"
@@ -19,18 +21,22 @@ struct LstmGates {
 template <class V>
 struct LstmState {
   LstmGates<V> gates;  // activated
-  V c, h;
+  V c;
 };
 
-// i = sigmoid(a.i), f = sigmoid(a.f), g = tanh(a.g), o = sigmoid(a.o)
-// c = f c_prev + i g, h = o tanh(c)
+// i = sigmoid(a.i), f = sigmoid(a.f), g = tanh(a.g), o = sigmoid(a.o), c = f c_prev + i g
 template <class V>
-FUSEDRNN_HD LstmState<V> lstm_forward(const LstmGates<V>& a, V c_prev) {
+FUSEDRNN_HD LstmState<V> lstm_state(const LstmGates<V>& a, V c_prev) {
   LstmState<V> s;
   s.gates = {sigmoid(a.i), sigmoid(a.f), tanh(a.g), sigmoid(a.o)};
   s.c = s.gates.f * c_prev + s.gates.i * s.gates.g;
-  s.h = s.gates.o * tanh(s.c);
   return s;
+}
+
+// h = o tanh(c)
+template <class V>
+FUSEDRNN_HD V lstm_output(V o, V c) {
+  return o * tanh(c);
 }
 
 template <class V>
@@ -60,19 +66,33 @@ FUSEDRNN_HD LstmGradient<V> lstm_backward(const LstmGates<V>& y, V c_prev, V c, 
 // ---- as torch.nn and cuDNN do -------------------------------------------------------------------
 
 template <class V>
-struct GruState {
-  V r, z, n, h;
+struct GruGates {
+  V r, z;
+  V a_n;  // n before its activation
 };
 
 // a_r, a_z: whole pre-activations; x_n = W_in x + b_in; h_n = W_hn h + b_hn.
-// r = sigmoid(a_r), z = sigmoid(a_z), n = tanh(x_n + r h_n), h = (1 - z) n + z h_prev
+// r = sigmoid(a_r), z = sigmoid(a_z), a_n = x_n + r h_n
 template <class V>
-FUSEDRNN_HD GruState<V> gru_forward(V a_r, V a_z, V x_n, V h_n, V h_prev) {
-  GruState<V> s;
+FUSEDRNN_HD GruGates<V> gru_gates(V a_r, V a_z, V x_n, V h_n) {
+  GruGates<V> s;
   s.r = sigmoid(a_r);
   s.z = sigmoid(a_z);
-  s.n = tanh(x_n + s.r * h_n);
-  s.h = s.n + s.z * (h_prev - s.n);
+  s.a_n = x_n + s.r * h_n;
+  return s;
+}
+
+template <class V>
+struct GruState {
+  V n, h;
+};
+
+// n = tanh(a_n), h = (1 - z) n + z h_prev
+template <class V>
+FUSEDRNN_HD GruState<V> gru_state(V a_n, V z, V h_prev) {
+  GruState<V> s;
+  s.n = tanh(a_n);
+  s.h = s.n + z * (h_prev - s.n);
   return s;
 }
 

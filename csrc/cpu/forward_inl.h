@@ -7,11 +7,12 @@
 
 FUSEDRNN_ISA_BEGIN
 
-// Adds the pre-activations' two halves, applies the cell, stores what the step leaves behind. `at`
-// is an offset into a padded row of hidden units.
+// Adds the pre-activations' two halves, applies the cell, stores what the step leaves behind, in
+// the two halves of cell_math.h. `at` is an offset into a padded row of hidden units.
 template <Cell kCell, class S>
 struct CellForward {
   static constexpr int gates = gate_blocks(kCell);
+  using V = Vec<S>;
   int64_t stride;  // from gate to gate
   bool save;
   const S* bias_hn;  // GRU
@@ -21,28 +22,45 @@ struct CellForward {
     const S* state;  // LSTM: c_prev; GRU: h_prev
     S* c;            // LSTM
   };
+  // Between the halves: what the second one still has to activate, and the gate that scales it.
+  struct Half {
+    V inner, gate;
+  };
 
-  FUSEDRNN_HD Vec<S> operator()(const Vec<S>* sum, const Row& row, int64_t at) const {
+  FUSEDRNN_HD Half begin(const V* sum, const Row& row, int64_t at) const {
     S* g = row.gates + at;
     if constexpr (kCell == Cell::kLstm) {
-      const LstmGates<Vec<S>> a = {sum[0] + load(g), sum[1] + load(g + stride),
-                                   sum[2] + load(g + 2 * stride), sum[3] + load(g + 3 * stride)};
-      const LstmState<Vec<S>> s = lstm_forward(a, load(row.state + at));
+      const LstmGates<V> a = {sum[0] + load(g), sum[1] + load(g + stride),
+                              sum[2] + load(g + 2 * stride), sum[3] + load(g + 3 * stride)};
+      const LstmState<V> s = lstm_state(a, load(row.state + at));
       store(row.c + at, s.c);
       if (save) {
         store_blocks(g, s.gates.i, s.gates.f, s.gates.g, s.gates.o);
         store(row.cells + at, s.c);
       }
-      return s.h;
+      return {s.c, s.gates.o};
     } else if constexpr (kCell == Cell::kGru) {
-      const Vec<S> h_n = sum[2] + load(bias_hn + at);
-      const GruState<Vec<S>> s = gru_forward(sum[0] + load(g), sum[1] + load(g + stride),
-                                             load(g + 2 * stride), h_n, load(row.state + at));
-      if (save) store_blocks(g, s.r, s.z, s.n, h_n);
+      const V h_n = sum[2] + load(bias_hn + at);
+      const GruGates<V> s =
+          gru_gates(sum[0] + load(g), sum[1] + load(g + stride), load(g + 2 * stride), h_n);
+      if (save) store_blocks(g, s.r, s.z, s.a_n, h_n);  // n takes the place of a_n
+      return {s.a_n, s.z};
+    } else {
+      return {sum[0] + load(g), V{}};
+    }
+  }
+
+  // The step's h.
+  FUSEDRNN_HD V finish(const Half& half, const Row& row, int64_t at) const {
+    if constexpr (kCell == Cell::kLstm) {
+      return lstm_output(half.gate, half.inner);
+    } else if constexpr (kCell == Cell::kGru) {
+      const GruState<V> s = gru_state(half.inner, half.gate, load(row.state + at));
+      if (save) store(row.gates + at + 2 * stride, s.n);
       return s.h;
     } else {
       using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
-      return Activation::forward(sum[0] + load(g));
+      return Activation::forward(half.inner);
     }
   }
 
@@ -182,42 +200,70 @@ class ForwardChunk {
       store(d_.y + io_row(schedule_, row0 + b) * d_.y_stride + unit, h, sizes_.output - unit);
     };
 
-    const CellForward<kCell, S> cell = {hidden_, save_, d_.packed.bias_hn};
-    const auto apply_row = [&](const Vec<S>* sum, int64_t b, int64_t panel)
-                               __attribute__((always_inline)) {
-                                 typename CellForward<kCell, S>::Row row{};
-                                 row.gates = d_.gates + (row0 - first_row_ + b) * d_.gates_stride;
-                                 if constexpr (kCell == Cell::kLstm) {
-                                   row.c = d_.c + b * hidden_;
-                                   row.state = is_cut(b) ? zeros_ : row.c;
-                                   if (save_) row.cells = d_.cells + (row0 + b) * d_.cells_stride;
-                                 } else if constexpr (kCell == Cell::kGru) {
-                                   row.state = h_prev(b);
-                                 }
-#pragma GCC unroll 2
-                                 for (int block = 0; block < Panel::blocks; ++block) {
-                                   const int64_t unit = (panel * Panel::blocks + block) * kLanes<S>;
-                                   if (unit >= hidden_) break;
-                                   const Vec<S> h = cell(sum + block * kGates, row, unit);
-                                   if (kCell == Cell::kLstm && sizes_.projected) {
-                                     store(d_.h_tilde + b * hidden_ + unit, h);
-                                   } else {
-                                     put_output(b, unit, h);
-                                   }
-                                 }
-                               };
-    // A short tile meets the cell in registers. A tall one as one loop over its rows: unrolled, the
-    // cell's code for every height would not fit the caches of decoded instructions.
-    const auto apply = [&](const auto& tile, int64_t b0,
-                           int64_t panel) __attribute__((always_inline)) {
-      constexpr int rows_of_tile = std::extent_v<std::remove_reference_t<decltype(tile.sum)>, 0>;
-      if constexpr (rows_of_tile <= 2) {
-#pragma GCC unroll 2
-        for (int r = 0; r < rows_of_tile; ++r) apply_row(tile.sum[r], b0 + r, panel);
-      } else {
-#pragma GCC unroll 1
-        for (int r = 0; r < rows_of_tile; ++r) apply_row(tile.sum[r], b0 + r, panel);
+    using CellStep = CellForward<kCell, S>;
+    const CellStep cell = {hidden_, save_, d_.packed.bias_hn};
+    const auto row_of = [&](int64_t b) __attribute__((always_inline)) {
+      typename CellStep::Row row{};
+      row.gates = d_.gates + (row0 - first_row_ + b) * d_.gates_stride;
+      if constexpr (kCell == Cell::kLstm) {
+        row.c = d_.c + b * hidden_;
+        row.state = is_cut(b) ? zeros_ : row.c;
+        if (save_) row.cells = d_.cells + (row0 + b) * d_.cells_stride;
+      } else if constexpr (kCell == Cell::kGru) {
+        row.state = h_prev(b);
       }
+      return row;
+    };
+    // What the epilogue of the tile after this one touches: lines far apart, which only it knows of.
+    // They come while that tile is multiplied.
+    const auto fetch = [&](int64_t b, int64_t panel) __attribute__((always_inline)) {
+      if (b >= mine.end) {
+        b -= mine.size();
+        if (b >= mine.end || ++panel >= own_panels_.end) return;
+      }
+      const int64_t unit = panel * Panel::blocks * kLanes<S>;
+      const auto row = row_of(b);
+      for (int g = 0; g < kGates; ++g) fetch_to_write(row.gates + g * hidden_ + unit);
+      if constexpr (kCell == Cell::kLstm) {
+        fetch_to_write(row.c + unit);
+        if (save_) fetch_to_write(row.cells + unit);
+      }
+      fetch_to_write(h_write + b * output_ + unit);
+      fetch_to_write(d_.y + io_row(schedule_, row0 + b) * d_.y_stride + unit);
+    };
+    const auto apply = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0,
+                                          int64_t panel) __attribute__((always_inline)) {
+      typename CellStep::Half half[R][Panel::blocks];
+      const auto each_row = [&](auto f) __attribute__((always_inline)) {
+        const auto row = [&](int r) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+          for (int block = 0; block < Panel::blocks; ++block) {
+            const int64_t unit = (panel * Panel::blocks + block) * kLanes<S>;
+            if (unit < hidden_) f(r, block, unit);
+          }
+        };
+        // A short tile stays in registers. A tall one is a loop over its rows: unrolled, the
+        // cell's code for every height would not fit the caches of decoded instructions.
+        if constexpr (R <= 2) {
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r) row(r);
+        } else {
+#pragma GCC unroll 1
+          for (int r = 0; r < R; ++r) row(r);
+        }
+      };
+      each_row([&](int r, int block, int64_t unit) __attribute__((always_inline)) {
+        if (R > 2 && block == 0) fetch(b0 + R + r, panel);
+        half[r][block] = cell.begin(tile.sum[r] + block * kGates, row_of(b0 + r), unit);
+      });
+      each_row([&](int r, int block, int64_t unit) __attribute__((always_inline)) {
+        const Vec<S> h = cell.finish(half[r][block], row_of(b0 + r), unit);
+        if (kCell == Cell::kLstm && sizes_.projected) {
+          store(d_.h_tilde + (b0 + r) * hidden_ + unit, h);
+        } else {
+          put_output(b0 + r, unit, h);
+        }
+      });
     };
     multiply_units<kGates>(mine, own_panels_, h_prev, d_.packed.recurrent, d_.weights.w_hh,
                            sizes_.hidden, sizes_.output, apply);

@@ -27,7 +27,9 @@ constexpr int64_t panel_count(int64_t columns, int blocks) {
   return (columns + width - 1) / width;
 }
 
-// From weights (Gates * units, k), row-major, to panels by unit: [panel][k][vectors][lanes].
+// From weights (Gates * units, k), row-major, to panels by unit: [panel][k][vectors][lanes]. Each
+// vector comes from a row of its own and goes to lines apart: too many streams for the hardware's
+// prefetcher, so they are fetched ahead, the source into the larger cache, the target for writing.
 template <int Gates, class S>
 void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range panels) {
   using P = UnitPanel<Gates>;
@@ -41,6 +43,8 @@ void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range p
       for (int64_t i = 0; i < k; i += lanes) {
         Vec<S> rows[lanes];
         for (int r = 0; r < lanes; ++r) {
+          __builtin_prefetch(from + r * k + i + 4 * lanes, 0, 2);
+          __builtin_prefetch(to + (i + r + 2 * lanes) * (P::vectors * lanes) + v * lanes, 1, 3);
           rows[r] = r < valid ? load(from + r * k + i, k - i) : Vec<S>{};
         }
         transpose<S>(rows);

@@ -50,6 +50,12 @@ FUSEDRNN_HD void store(S* to, Vec<S> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = v[i];
 }
 
+// The line at `to` into the cache, to be written (or read and written).
+template <class S>
+FUSEDRNN_HD void fetch_to_write(S* to) {
+  __builtin_prefetch(to, 1, 3);
+}
+
 template <class S>
 FUSEDRNN_HD Vec<S> broadcast(S s) {
   return s - Vec<S>{};  // folds to one broadcast from memory; s + 0 would not, for s = -0
