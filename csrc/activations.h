@@ -120,7 +120,7 @@ FUSEDRNN_HD V at_most(V limit, V x) {
     return __builtin_ia32_minps512_mask(limit, x, x, uint16_t(-1), 4);
   } else
 #endif
-  return limit < x ? limit : x;
+    return limit < x ? limit : x;
 }
 template <class V>
 FUSEDRNN_HD V at_least(V limit, V x) {
@@ -129,7 +129,7 @@ FUSEDRNN_HD V at_least(V limit, V x) {
     return __builtin_ia32_maxps512_mask(limit, x, x, uint16_t(-1), 4);
   } else
 #endif
-  return limit > x ? limit : x;
+    return limit > x ? limit : x;
 }
 
 // 1 / (1 + exp(-x))

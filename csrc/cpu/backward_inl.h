@@ -132,59 +132,114 @@ class BackwardChunk {
                                                 bool starting) const {
     dh_product<kTileRows<S, kStepVectors>>(
         u, rows, starting,
-        [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
-          each(tile, b0, panel, hidden_,
-               [&](int64_t b, int64_t unit, Vec<S> sum) __attribute__((always_inline)) {
-                 const Vec<S> dh = sum + outer_gradient(t, b, unit, starting);
-                 cell_gradient(t, u, b, unit, dh);
-               });
-        });
+        [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
+            __attribute__((always_inline)) {
+#pragma GCC unroll 1
+              for (int r = 0; r < R; ++r) {
+                if (R > 2) fetch(t, rows, b0 + R + r, panel);
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; ++v) {
+                  const int64_t unit = panel * kWidth + v * kLanes<S>;
+                  if (unit >= hidden_) break;
+                  const Vec<S> dh = tile.sum[r][v] + outer_gradient(t, b0 + r, unit, starting);
+                  cell_gradient(t, u, b0 + r, unit, dh);
+                }
+              }
+            });
+  }
+
+  // Where the cell's gradient at step t of sorted row b reads and writes.
+  struct Row {
+    S* dgates;
+    const S* gates;  // LSTM, GRU
+    const S* prev;   // LSTM: c_prev; GRU: h_prev
+    const S* state;  // LSTM: c; RNN: h
+    S* carry;        // LSTM, GRU
+  };
+
+  FUSEDRNN_HD Row row_of(int64_t t, int64_t b) const {
+    const int64_t packed_row = schedule_.row0[t] + b;
+    Row row{};
+    row.dgates = dgates(packed_row);
+    if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
+      row.state = d_.y + io_row(schedule_, packed_row) * d_.y_stride;
+    } else {
+      const int64_t before = previous_row(schedule_, d_.reverse, t, b);
+      const bool cut = is_reset(d_.reset, schedule_, t, b);
+      row.gates = d_.gates + (packed_row - first_row_) * d_.gates_stride;
+      row.carry = d_.carry + b * hidden_;
+      if constexpr (kCell == Cell::kLstm) {
+        row.state = d_.cells + packed_row * d_.cells_stride;
+        row.prev = cut           ? zeros_
+                   : before >= 0 ? d_.cells + before * d_.cells_stride
+                                 : d_.c0 + b * hidden_;
+      } else {
+        row.prev = cut           ? zeros_
+                   : before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride
+                                 : d_.h0 + b * output_;
+      }
+    }
+    return row;
   }
 
   FUSEDRNN_HD void cell_gradient(int64_t t, int64_t u, int64_t b, int64_t unit, Vec<S> dh) const {
-    const int64_t row = schedule_.row0[t] + b;
-    S* d = dgates(row) + unit;
-    const auto put = [&](int block, Vec<S> value)
-                         __attribute__((always_inline)) { store(d + block * hidden_, value); };
+    const Row row = row_of(t, b);
+    const auto put = [&](int block, Vec<S> value) __attribute__((always_inline)) {
+      store(row.dgates + block * hidden_ + unit, value);
+    };
     if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
       using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
-      const S* h = d_.y + io_row(schedule_, row) * d_.y_stride;
-      put(0, Activation::backward(load(h + unit, sizes_.hidden - unit), dh));
+      put(0, Activation::backward(load(row.state + unit, sizes_.hidden - unit), dh));
     } else {
-      const S* g = d_.gates + (row - first_row_) * d_.gates_stride + unit;
+      const S* g = row.gates + unit;
       const Vec<S> g0 = load(g), g1 = load(g + hidden_), g2 = load(g + 2 * hidden_),
                    g3 = load(g + 3 * hidden_);
       const bool cut_after = b < rows_at(schedule_, u) && is_reset(d_.reset, schedule_, u, b);
-      const int64_t before = previous_row(schedule_, d_.reverse, t, b);
-      const bool cut_before = is_reset(d_.reset, schedule_, t, b);
-      S* carry = d_.carry + b * hidden_ + unit;
-      const Vec<S> carried = cut_after ? Vec<S>{} : load(carry);
+      const Vec<S> carried = cut_after ? Vec<S>{} : load(row.carry + unit);
       if constexpr (kCell == Cell::kLstm) {
-        const S* c_prev = cut_before    ? zeros_
-                          : before >= 0 ? d_.cells + before * d_.cells_stride
-                                        : d_.c0 + b * hidden_;
         const LstmGradient<Vec<S>> s =
-            lstm_backward(LstmGates<Vec<S>>{g0, g1, g2, g3}, load(c_prev + unit),
-                          load(d_.cells + row * d_.cells_stride + unit), dh, carried);
+            lstm_backward(LstmGates<Vec<S>>{g0, g1, g2, g3}, load(row.prev + unit),
+                          load(row.state + unit), dh, carried);
         put(0, s.dgates.i);
         put(1, s.dgates.f);
         put(2, s.dgates.g);
         put(3, s.dgates.o);
-        store(carry, s.dc_prev);
+        store(row.carry + unit, s.dc_prev);
         if (d_.h_tilde != nullptr) {
-          store(d_.h_tilde + (row - first_row_) * hidden_ + unit, s.h_tilde);
+          store(d_.h_tilde + (schedule_.row0[t] + b - first_row_) * hidden_ + unit, s.h_tilde);
         }
       } else {
-        const S* h_prev = cut_before    ? zeros_
-                          : before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride
-                                        : d_.h0 + b * output_;
         const GruGradient<Vec<S>> s =
-            gru_backward(g0, g1, g2, g3, load(h_prev + unit, sizes_.hidden - unit), dh + carried);
+            gru_backward(g0, g1, g2, g3, load(row.prev + unit, sizes_.hidden - unit), dh + carried);
         put(0, s.dh_n);
         put(1, s.da_r);
         put(2, s.da_z);
         put(3, s.dx_n);
-        store(carry, s.dh_prev);
+        store(row.carry + unit, s.dh_prev);
+      }
+    }
+  }
+
+  // What the cell's gradient in the tile after this one touches: lines far apart, which only it
+  // knows of. They come while that tile is multiplied.
+  FUSEDRNN_HD void fetch(int64_t t, Range rows, int64_t b, int64_t panel) const {
+    if (b >= rows.end) {
+      b -= rows.size();
+      if (b >= rows.end || ++panel >= own_output_panels_.end) return;
+    }
+    const Row row = row_of(t, b);
+    for (int v = 0; v < kStepVectors; ++v) {
+      const int64_t unit = panel * kWidth + v * kLanes<S>;
+      for (int block = 0; block < kBlocks.count; ++block) {
+        fetch_to_write(row.dgates + block * hidden_ + unit);
+        if (row.gates != nullptr) fetch_to_read(row.gates + block * hidden_ + unit);
+      }
+      for (const S* values : {row.prev, row.state}) {
+        if (values != nullptr) fetch_to_read(values + unit);
+      }
+      if (row.carry != nullptr) fetch_to_write(row.carry + unit);
+      if (d_.dy != nullptr) {
+        fetch_to_read(d_.dy + io_row(schedule_, schedule_.row0[t] + b) * d_.dy_stride + unit);
       }
     }
   }

@@ -173,6 +173,7 @@ at::Tensor activation(const std::string& name, const std::string& isa_name, cons
   at::Tensor to = at::empty_like(from);
   const auto run = [&]<class S>() {
     const KernelTable<S>& table = isa->table<S>();
+    const FlushDenormals flush;
     (name == "tanh" ? table.tanh : table.sigmoid)(from.const_data_ptr<S>(),
                                                   to.mutable_data_ptr<S>(), from.numel());
   };

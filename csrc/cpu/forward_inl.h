@@ -214,8 +214,8 @@ class ForwardChunk {
       }
       return row;
     };
-    // What the epilogue of the tile after this one touches: lines far apart, which only it knows of.
-    // They come while that tile is multiplied.
+    // What the epilogue of the tile after this one touches: lines far apart, which only it knows
+    // of. They come while that tile is multiplied.
     const auto fetch = [&](int64_t b, int64_t panel) __attribute__((always_inline)) {
       if (b >= mine.end) {
         b -= mine.size();
@@ -233,7 +233,7 @@ class ForwardChunk {
     };
     const auto apply = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0,
                                           int64_t panel) __attribute__((always_inline)) {
-      typename CellStep::Half half[R][Panel::blocks];
+      typename CellStep::Half half[R][Panel::blocks] = {};
       const auto each_row = [&](auto f) __attribute__((always_inline)) {
         const auto row = [&](int r) __attribute__((always_inline)) {
 #pragma GCC unroll 2

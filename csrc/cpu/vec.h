@@ -50,7 +50,11 @@ FUSEDRNN_HD void store(S* to, Vec<S> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = v[i];
 }
 
-// The line at `to` into the cache, to be written (or read and written).
+// The line at an address into the cache, to be read, or to be written too.
+template <class S>
+FUSEDRNN_HD void fetch_to_read(const S* from) {
+  __builtin_prefetch(from, 0, 3);
+}
 template <class S>
 FUSEDRNN_HD void fetch_to_write(S* to) {
   __builtin_prefetch(to, 1, 3);
