@@ -23,6 +23,8 @@ constexpr double kWorthATeam = 4e5;
 // Below this many a step, the barrier at its end does.
 constexpr double kWorthABarrier = 1.2e4;
 constexpr int64_t kRowsPerGroup = 4;
+// From this many rows a group on, weights from the shared cache arrive as fast as they are used.
+constexpr int64_t kRowsThatHideWeights = 16;
 // Packing costs about as much as this many products of each weight with one row.
 constexpr int64_t kWorthPacking = 12;
 
@@ -43,11 +45,15 @@ Plan plan_team(const Workload& work, int threads) {
   if (work.directions == 2 && threads % 2 == 0) plan.directions = 2;
   const int each = threads / plan.directions;
   const int64_t bytes = static_cast<int64_t>(recurrent) * work.value_size;
-  // Parts of the hidden units until a part's weights stay in its core's own cache; the rest of the
-  // threads take groups of rows.
+  // Parts of the hidden units until a part's weights stay in its core's own cache, or its rows are
+  // many; the rest of the threads take groups of rows, which never wait for each other.
   int parts = 1;
-  while (parts < each &&
-         (bytes / parts > private_cache() * 3 / 4 || work.batch * parts < kRowsPerGroup * each)) {
+  const auto too_few = [&] {
+    const int64_t rows = work.batch * parts / each;
+    const bool in_cache = bytes / parts <= private_cache() * 3 / 4;
+    return rows < kRowsPerGroup || (!in_cache && rows < kRowsThatHideWeights);
+  };
+  while (parts < each && too_few()) {
     ++parts;
     while (each % parts != 0) ++parts;
   }
