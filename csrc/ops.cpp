@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 
 namespace fusedrnn {
 namespace {
@@ -74,5 +75,8 @@ PYBIND11_MODULE(_C, m) {
       "Name of the instruction set in use.");
   m.def("set_cpu_isa", &fusedrnn::set_isa, pybind11::arg("name"),
         "Uses instruction set `name` from the next call on; ValueError where it is not usable.");
+  m.def("empty_cache", &fusedrnn::empty_cache,
+        "Gives the memory kept for the next calls back to the system.");
+  m.attr("unit_alignment") = fusedrnn::kUnitAlignment;
   m.def("build_info", &fusedrnn::build_info, "Compiler, OpenMP version and whether CUDA is in.");
 }

@@ -23,6 +23,7 @@ __all__ = [
     "autograd",
     "convert",
     "cpu_isas",
+    "empty_cache",
     "functional",
     "reference",
     "revert",
@@ -35,3 +36,12 @@ def cpu_isas() -> list[str]:
     The environment variable FUSEDRNN_CPU_ISA forces one of them.
     """
     return _C.cpu_isas()
+
+
+def empty_cache() -> None:
+    """Give the CPU memory that fusedrnn keeps between calls back to the system.
+
+    The scratch of a call, and what its backward pass needs once nobody holds it any more, is kept
+    for the next call, 256 MiB at most in a process: fresh memory costs a page fault every 4 KiB.
+    """
+    _C.empty_cache()

@@ -64,7 +64,7 @@ def _layer_forward_fake(
     y = x.new_empty((*x.shape[:-1], directions * proj_size))
     h_n = x.new_empty((directions, batch, proj_size))
     c_n = x.new_empty((directions, batch, hidden_size) if lstm else (0,))
-    padded = (hidden_size + 15) // 16 * 16  # kUnitAlignment in csrc/recurrence.h
+    padded = -(-hidden_size // _C.unit_alignment) * _C.unit_alignment
     has_gates = save and mode in ("LSTM", "GRU")
     gates = x.new_empty((rows, directions, 4 * padded) if has_gates else (0,))
     cell_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -164,10 +164,7 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
 at::Tensor activation(const std::string& name, const std::string& isa_name, const at::Tensor& x) {
   TORCH_CHECK_VALUE(name == "sigmoid" || name == "tanh",
                     "name: expected 'sigmoid' or 'tanh', got '", name, "'");
-  const Isa* isa = nullptr;
-  for (const Isa* candidate : usable_isas()) {
-    if (isa_name == candidate->name) isa = candidate;
-  }
+  const Isa* isa = find_isa(isa_name);
   TORCH_CHECK_VALUE(isa != nullptr, "isa: '", isa_name, "' is not usable here");
   const at::Tensor from = x.contiguous();
   at::Tensor to = at::empty_like(from);

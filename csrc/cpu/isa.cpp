@@ -7,10 +7,10 @@
 namespace fusedrnn {
 namespace {
 
-const Isa* find(const std::string& name) {
+const Isa* found_isa(const std::string& name) {
+  if (const Isa* isa = find_isa(name)) return isa;
   std::string known;
   for (const Isa* isa : usable_isas()) {
-    if (name == isa->name) return isa;
     known += known.empty() ? isa->name : std::string(", ") + isa->name;
   }
   throw std::invalid_argument("instruction set '" + name + "' is not available: expected one of " +
@@ -20,7 +20,7 @@ const Isa* find(const std::string& name) {
 std::atomic<const Isa*>& current() {
   static std::atomic<const Isa*> isa = [] {
     const char* forced = std::getenv("FUSEDRNN_CPU_ISA");
-    return forced != nullptr && *forced != '\0' ? find(forced) : usable_isas().back();
+    return forced != nullptr && *forced != '\0' ? found_isa(forced) : usable_isas().back();
   }();
   return isa;
 }
@@ -37,8 +37,17 @@ std::vector<const Isa*> usable_isas() {
   return isas;
 }
 
+const Isa* find_isa(const std::string& name) {
+  for (const Isa* isa : usable_isas()) {
+    if (name == isa->name) return isa;
+  }
+  return nullptr;
+}
+
 const Isa& current_isa() { return *current().load(std::memory_order_acquire); }
 
-void set_isa(const std::string& name) { current().store(find(name), std::memory_order_release); }
+void set_isa(const std::string& name) {
+  current().store(found_isa(name), std::memory_order_release);
+}
 
 }  // namespace fusedrnn

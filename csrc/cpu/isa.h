@@ -17,7 +17,6 @@ struct KernelTable {
   // y = sigmoid(x), y = tanh(x), n values: what the cells apply, for tests.
   void (*sigmoid)(const S* x, S* y, int64_t n);
   void (*tanh)(const S* x, S* y, int64_t n);
-  int lanes;
 };
 
 struct Isa {
@@ -48,6 +47,9 @@ std::vector<const Isa*> usable_isas();
 
 // The one in use: the best, unless FUSEDRNN_CPU_ISA or set_isa says otherwise.
 const Isa& current_isa();
+
+// Null where it is not usable here.
+const Isa* find_isa(const std::string& name);
 
 // Throws std::invalid_argument, which lists the names, where `name` is not usable here.
 void set_isa(const std::string& name);

@@ -19,8 +19,7 @@ constexpr KernelTable<S> kernel_table() {
           {backward_chunk<Cell::kLstm, S>, backward_chunk<Cell::kGru, S>,
            backward_chunk<Cell::kRnnTanh, S>, backward_chunk<Cell::kRnnRelu, S>},
           map<S, sigmoid<Vec<S>>>,
-          map<S, tanh<Vec<S>>>,
-          kLanes<S>};
+          map<S, tanh<Vec<S>>>};
 }
 
 FUSEDRNN_ISA_END

@@ -1,0 +1,102 @@
+"""The memory kept between calls: its bound, its return, and that nothing leaks through it."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import textwrap
+import threading
+
+import torch
+
+import fusedrnn
+
+
+def train_step(module: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    y, _ = module(x)
+    return list(torch.autograd.grad(y.square().sum(), list(module.parameters())))
+
+
+def resident() -> int:
+    """Bytes of this process in memory (Linux)."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_saved_tensors_of_two_calls_never_share_memory() -> None:
+    lstm, x = fusedrnn.LSTM(64, 64), torch.randn(40, 8, 64)
+    alone = train_step(lstm, x)
+    first, _ = lstm(x)
+    second, _ = lstm(-x)  # its saved tensors must not lie where the first one's still live
+    fusedrnn.empty_cache()
+    third, _ = lstm(2 * x)
+    grads = torch.autograd.grad(first.square().sum(), list(lstm.parameters()))
+    assert all(a.equal(b) for a, b in zip(grads, alone, strict=True))
+    assert not first.equal(second) and not first.equal(third)
+
+
+def test_used_memory_brings_no_values_along() -> None:
+    """Ragged rows and resets leave parts of the scratch unwritten: NaN from before must not show."""
+    lstm = fusedrnn.LSTM(48, 80, bidirectional=True)
+    x, lengths = torch.randn(30, 8, 48), torch.tensor([30, 0, 7, 29, 1, 30, 15, 2])
+    fusedrnn.empty_cache()
+
+    def run() -> list[torch.Tensor]:
+        y, _ = lstm(x, lengths=lengths)
+        return [y, *torch.autograd.grad(y.square().sum(), list(lstm.parameters()))]
+
+    fresh = run()
+    poisoned, _ = lstm(torch.full_like(x, torch.nan))
+    poisoned.sum().backward()
+    del poisoned
+    assert all(a.equal(b) for a, b in zip(run(), fresh, strict=True))
+
+
+def test_what_is_kept_is_bounded_and_given_back() -> None:
+    code = """
+    import torch, fusedrnn, test_memory
+    lstm, x = fusedrnn.LSTM(64, 512), torch.randn(400, 64, 64)  # 260 MB of gates and cells
+    for steps in (100, 200, 400):
+        test_memory.train_step(lstm, x[:steps])
+    before = test_memory.resident()
+    fusedrnn.empty_cache()
+    returned = before - test_memory.resident()
+    assert 128 << 20 < returned < 260 << 20, returned
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=__file__.rsplit("/", 1)[0]
+    )
+
+
+def test_repeated_steps_do_not_grow() -> None:
+    lstm, x = fusedrnn.LSTM(64, 128), torch.randn(100, 32, 64)
+    for _ in range(3):
+        train_step(lstm, x)
+    gc.collect()
+    before = resident()
+    for _ in range(30):
+        train_step(lstm, x)
+    assert resident() - before < 8 << 20
+
+
+def test_threads_and_empty_cache_at_once() -> None:
+    """Blocks go to one user at a time, whoever gives back or empties meanwhile."""
+    lstm, x = fusedrnn.LSTM(48, 48), torch.randn(50, 6, 48)
+    expected = train_step(lstm, x)
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            got = train_step(lstm, x)
+            if not all(a.equal(b) for a, b in zip(got, expected, strict=True)):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        fusedrnn.empty_cache()
+    for thread in threads:
+        thread.join()
+    assert not wrong
