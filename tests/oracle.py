@@ -42,7 +42,8 @@ def agree(
     tensor exceeds twice torch.nn's error.
 
     The few values of a tiny tensor may all be sums that cancelled: their floor is of the largest
-    value of all tensors. Where torch.nn has no gradient, since nothing depends on the leaf, ours may be exact zeros.
+    value of all tensors. Where torch.nn has no gradient, since nothing depends on the leaf, ours
+    may be exact zeros.
     """
     excesses = []
     largest_of_all = max((largest(t) for t in exact.values() if t is not None), default=0.0)
