@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "recurrence.h"
@@ -23,6 +24,19 @@ struct LayerInputs {
   const OptionalTensor& c0;
   at::TensorList params;
 };
+
+// The C++ types of the two ops.
+using LayerForward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+    const std::string& mode, const at::Tensor& x, const OptionalTensor& lengths,
+    const OptionalTensor& batch_sizes, const OptionalTensor& reset, const OptionalTensor& h0,
+    const OptionalTensor& c0, at::TensorList params, bool has_biases, bool bidirectional,
+    bool save);
+using LayerBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>(
+    const std::string& mode, const OptionalTensor& dy, const OptionalTensor& dh_n,
+    const OptionalTensor& dc_n, const at::Tensor& x, const OptionalTensor& lengths,
+    const OptionalTensor& batch_sizes, const OptionalTensor& reset, const OptionalTensor& h0,
+    const OptionalTensor& c0, at::TensorList params, const at::Tensor& y, const at::Tensor& gates,
+    const at::Tensor& cells, bool has_biases, bool bidirectional, c10::List<bool> output_mask);
 
 // Sizes and kinds of a call.
 struct Layer {

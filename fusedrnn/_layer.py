@@ -25,6 +25,7 @@ from torch.autograd import Function, forward_ad
 
 from fusedrnn import _ops, reference
 from fusedrnn._autocast import autocast_disabled
+from fusedrnn._ops import _C
 
 __all__ = ["BackwardFunction", "LayerFunction", "TransformableLayerFunction", "layer"]
 
@@ -73,7 +74,8 @@ def layer(
         return LayerFunction.apply(
             mode, has_biases, bidirectional, x, lengths, batch_sizes, reset, h0, c0, *params
         )
-    return _ops.layer_forward(
+    forward = _ops.layer_forward if compiling else _C.layer_forward
+    return forward(
         mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, False
     )[:3]
 
@@ -95,7 +97,8 @@ class LayerFunction(Function):
         c0: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, h_n, c_n, gates, cells = _ops.layer_forward(
+        op = _ops.layer_forward if _is_compiling() else _C.layer_forward
+        y, h_n, c_n, gates, cells = op(
             mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, True
         )
         ctx.save_for_backward(x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params)
@@ -186,7 +189,8 @@ def _layer_backward(
             dy, dh_n, dc_n, x, h0, c0, *params,
         )  # fmt: skip
     else:
-        dx, dh0, dc0, grads = _ops.layer_backward(
+        op = _ops.layer_backward if _is_compiling() else _C.layer_backward
+        dx, dh0, dc0, grads = op(
             mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
             y, gates, cells, has_biases, bidirectional, mask,
         )  # fmt: skip

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fusedrnn
 import oracle
 from fusedrnn import autograd
 
@@ -285,3 +288,36 @@ def test_other_threads_run_meanwhile() -> None:
     inside = sum(begin < tick < end for tick in ticks)
     assert end - begin > 0.01, "the call was too short to show anything"
     assert inside >= 3, f"{inside} turns in a call of {end - begin:.3f} s"
+
+
+class Log(TorchDispatchMode):
+    """The names of the operators that pass by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_eager_calls_pass_through_the_dispatcher() -> None:
+    """Modules call the operators past ``torch.ops``, but modes must see them as they do others."""
+    gru, x = fusedrnn.GRU(INPUT, HIDDEN), torch.randn(T, B, INPUT)
+    with Log() as log:
+        y, _ = gru(x)
+        y.sum().backward()
+        with torch.no_grad():
+            gru(x)
+    ours = [name for name in log.names if name.startswith("fusedrnn")]
+    forward, backward = (f"fusedrnn.layer_{way}.default" for way in ("forward", "backward"))
+    assert ours == [forward, backward, forward]
+    with FakeTensorMode():
+        fake = fusedrnn.GRU(INPUT, HIDDEN)
+        y, _ = fake(torch.randn(T, B, INPUT))
+        y.sum().backward()
+        assert isinstance(y, FakeTensor)
+        assert isinstance(fake.weight_hh_l0.grad, FakeTensor)
