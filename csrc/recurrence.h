@@ -155,8 +155,8 @@ struct BackwardDirection {
   S* dh;                 // packed rows of the chunk, (., Pp): dh before a projection; or null
   S* h_tilde;            // packed rows of the chunk, (., Hp); or null
   S *dh0, *dc0;          // (B, P), (B, H), caller's rows; or null: not wanted
-  S *dw_ih, *dw_hh;      // like the weights, added to; or null: not wanted
-  S *db_ih, *db_hh, *dw_hr;
+  S *dw_ih, *dw_hh;      // like the weights: written at the first chunk, added to at the others; or
+  S *db_ih, *db_hh, *dw_hr;  // null: not wanted
   const uint8_t* reset;
 };
 
@@ -166,7 +166,8 @@ struct BackwardArgs {
   Schedule schedule;
   int directions;
   const S* zeros;  // (max(4 Hp, Pp))
-  S* dx;           // (io rows, I), added to; or null: not wanted
+  S* dx;           // (io rows, I); or null: not wanted
+  bool add_dx;     // dx holds zeros, or the other direction's share; else it is written
   S* panels[2];    // scratch: x and h_prev of a chunk as panels, see gradient_panels_size
   S* columns;      // scratch: per thread, (chunk rows, kGradientRows)
   int64_t columns_stride;

@@ -18,10 +18,10 @@ struct BackwardInputs {
   const at::Tensor &y, &gates, &cells;
 };
 
-// Results in the arithmetic's type, zero-initialised where they are added to; undefined: not
-// wanted.
+// Results in the arithmetic's type; undefined: not wanted.
 struct GradientTensors {
   at::Tensor dx, dh0, dc0;
+  bool add_dx;  // dx is zero and has rows that no kernel or more than one writes
   std::vector<at::Tensor> dparams;
 };
 
@@ -54,6 +54,7 @@ class BackwardRun {
     args_.schedule = schedule_;
     args_.directions = layer.directions;
     args_.dx = data_or_null<S>(out.dx);
+    args_.add_dx = out.add_dx;
     for (int d = 0; d < layer.directions; ++d) describe(d, storage, out);
     allocate();
     fill_states();
@@ -249,7 +250,12 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   const auto exact = x.options().dtype(layer.accumulate);
   const int64_t directions = layer.directions;
   GradientTensors out;
-  if (output_mask[0]) out.dx = zero_tensor(x.sizes(), exact);
+  out.add_dx = directions == 2 || storage.padded;
+  const bool no_steps = storage.view.steps == 0;  // then no kernel writes anything
+  const auto empty_or_zero = [&](at::IntArrayRef shape, bool zero) {
+    return zero ? zero_tensor(shape, exact) : empty_tensor(shape, exact);
+  };
+  if (output_mask[0]) out.dx = empty_or_zero(x.sizes(), out.add_dx || no_steps);
   // Rows without a step hand their gradient straight through.
   const auto through = [&](const OptionalTensor& from, int64_t units) {
     const std::vector<int64_t> shape = {directions, layer.batch, units};
@@ -260,7 +266,7 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   if (output_mask[2] && has_cell_state(layer.cell)) out.dc0 = through(dc_n, layer.sizes.hidden);
   out.dparams.resize(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    if (output_mask[3 + i]) out.dparams[i] = zero_tensor(params[i].sizes(), exact);
+    if (output_mask[3 + i]) out.dparams[i] = empty_or_zero(params[i].sizes(), no_steps);
   }
   with_scalar(layer, [&]<class S>() { BackwardRun<S>(layer, storage, saved, out).run(); });
 

@@ -95,28 +95,31 @@ class ChunkGradients {
     }
   }
 
+  // What a gradient holds before this chunk's share: nothing yet, at the first one.
+  S before(const S* to) const { return d_.chunk.first ? S(0) : *to; }
+
   void add_sums(S* to, int64_t width) const {
     S sums[kGradientRows] = {};
     for (int64_t row = 0; row < rows_; ++row) {
       for (int64_t i = 0; i < kGradientRows; ++i) sums[i] += columns_[row * kGradientRows + i];
     }
-    for (int64_t i = 0; i < width; ++i) to[i] += sums[i];
+    for (int64_t i = 0; i < width; ++i) to[i] = before(to + i) + sums[i];
   }
 
   // to (width, n) += columns^T (panels of `which`)
   void add_outer(S* to, int64_t n, int64_t width, int which) const {
-    const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row, int64_t panel)
-                              __attribute__((always_inline)) {
-                                add_tile(tile, panel, n, [&](int r) { return to + (row + r) * n; });
-                              };
+    const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
+                                             int64_t panel) __attribute__((always_inline)) {
+      put_tile(tile, panel, n, !d_.chunk.first, [&](int r) { return to + (row + r) * n; });
+    };
     product<S, kChunkVectors>(
         0, width, 0, panel_count<S>(n, kChunkVectors), [&](int64_t r) { return columns_ + r; },
         kGradientRows, args_.panels[which], rows_ * kWidth, rows_, epilogue);
   }
 
   template <int R, int NV, class RowAt>
-  static FUSEDRNN_HD void add_tile(const Tile<S, R, NV>& tile, int64_t panel, int64_t columns,
-                                   RowAt row_at) {
+  static FUSEDRNN_HD void put_tile(const Tile<S, R, NV>& tile, int64_t panel, int64_t columns,
+                                   bool add, RowAt row_at) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       S* row = row_at(r);
@@ -124,7 +127,10 @@ class ChunkGradients {
       for (int v = 0; v < NV; ++v) {
         const int64_t column = panel * kWidth + v * kLanes<S>;
         const int64_t valid = columns - column;
-        if (valid > 0) store(row + column, load(row + column, valid) + tile.sum[r][v], valid);
+        if (valid <= 0) continue;
+        Vec<S> value = tile.sum[r][v];
+        if (add) value += load(row + column, valid);
+        store(row + column, value, valid);
       }
     }
   }
@@ -171,7 +177,7 @@ class ChunkGradients {
       const auto row_at = [&](int64_t row) { return dgates + row * (blocks_.count * hidden_) + k; };
       const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
                                                int64_t panel) __attribute__((always_inline)) {
-        add_tile(tile, panel, sizes_.input, [&](int r) {
+        put_tile(tile, panel, sizes_.input, args_.add_dx || k > 0, [&](int r) {
           return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
         });
       };

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <limits>
 #include <random>
 #include <string>
 #include <thread>
@@ -238,8 +239,12 @@ void check(const Case& c, const KernelTable<double>& table) {
   const Values dh_n = pad_rows(p.dh_n, c.batch, P);
   Values carry = c.cell == Cell::kLstm ? pad_rows(p.dc_n, c.batch, H) : Values(c.batch * Hp);
   Values dgates(pairs * width), next(c.batch * width), dh(pairs * Pp), all_h_tilde(pairs * Hp);
-  Values dx(p.x.size()), dh0 = p.dh_n, dc0 = p.dc_n, dw_ih(p.w_ih.size()), dw_hh(p.w_hh.size());
-  Values db_ih(p.b_ih.size()), db_hh(p.b_hh.size()), dw_hr(p.w_hr.size());
+  // What is written must not depend on what was there; what is added to, holds zeros.
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const bool add_dx = c.reverse;
+  Values dx(p.x.size(), add_dx ? 0 : nan), dh0 = p.dh_n, dc0 = p.dc_n;
+  Values dw_ih(p.w_ih.size(), nan), dw_hh(p.w_hh.size(), nan), dw_hr(p.w_hr.size(), nan);
+  Values db_ih(p.b_ih.size(), nan), db_hh(p.b_hh.size(), nan);
   Values back_input(gates * Hp * whole(c.input)), back_recurrent(gates * Hp * whole(P));
   Values back_projection(P * whole(Hp));
   Values x_panels(pairs * whole(c.input)), h_panels(pairs * whole(std::max(P, H)));
@@ -250,6 +255,7 @@ void check(const Case& c, const KernelTable<double>& table) {
   backward.directions = 1;
   backward.zeros = zeros.data();
   backward.dx = dx.data();
+  backward.add_dx = add_dx;
   backward.panels[0] = x_panels.data();
   backward.panels[1] = h_panels.data();
   backward.columns = columns.data();
