@@ -41,7 +41,7 @@ def cpu_isas() -> list[str]:
 def empty_cache() -> None:
     """Give the CPU memory that fusedrnn keeps between calls back to the system.
 
-    The scratch of a call, and what its backward pass needs once nobody holds it any more, is kept
-    for the next call, 256 MiB at most in a process: fresh memory costs a page fault every 4 KiB.
+    The scratch of a call, and its tensors once nobody holds them any more, are kept for the next
+    call, 256 MiB at most in a process: fresh memory costs a page fault every 4 KiB.
     """
     _C.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import subprocess
 import sys
 import textwrap
@@ -101,3 +102,28 @@ def test_threads_and_empty_cache_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_results_are_ordinary_tensors() -> None:
+    """Their memory is the pool's, but they resize, share, pickle and outlive it like any other."""
+    lstm, x = fusedrnn.LSTM(64, 256), torch.randn(50, 16, 64)
+    with torch.no_grad():
+        y, _ = lstm(x)
+        assert y.nbytes >= 128 << 10
+        kept = y.clone()
+        fusedrnn.empty_cache()
+        lstm(-x)
+        assert y.equal(kept)
+        y.resize_(60, 16, 256)
+        assert y[:50].equal(kept)
+        shared, _ = lstm(x)
+        shared.share_memory_()
+        assert shared.is_shared()
+        assert shared.equal(kept)
+        buffer = io.BytesIO()
+        torch.save(lstm(x)[0], buffer)
+        buffer.seek(0)
+        assert torch.load(buffer).equal(kept)
+        emptied, _ = lstm(x)
+        emptied.untyped_storage().resize_(0)
+        assert lstm(x)[0].equal(kept)

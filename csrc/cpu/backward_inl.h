@@ -130,13 +130,15 @@ class BackwardChunk {
 
   __attribute__((noinline)) void cell_gradients(int64_t t, int64_t u, Range rows,
                                                 bool starting) const {
+    const auto fetch_row = [&](int64_t b, int64_t at)
+                               __attribute__((always_inline)) { fetch(t, b, at); };
     dh_product<kTileRows<S, kStepVectors>>(
         u, rows, starting,
         [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
             __attribute__((always_inline)) {
 #pragma GCC unroll 1
               for (int r = 0; r < R; ++r) {
-                if (R > 2) fetch(t, rows, b0 + R + r, panel);
+                if (R > 2) with_next_tile(rows, own_output_panels_, b0 + R + r, panel, fetch_row);
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; ++v) {
                   const int64_t unit = panel * kWidth + v * kLanes<S>;
@@ -220,13 +222,7 @@ class BackwardChunk {
     }
   }
 
-  // What the cell's gradient in the tile after this one touches: lines far apart, which only it
-  // knows of. They come while that tile is multiplied.
-  FUSEDRNN_HD void fetch(int64_t t, Range rows, int64_t b, int64_t panel) const {
-    if (b >= rows.end) {
-      b -= rows.size();
-      if (b >= rows.end || ++panel >= own_output_panels_.end) return;
-    }
+  FUSEDRNN_HD void fetch(int64_t t, int64_t b, int64_t panel) const {
     const Row row = row_of(t, b);
     for (int v = 0; v < kStepVectors; ++v) {
       const int64_t unit = panel * kWidth + v * kLanes<S>;

@@ -147,8 +147,8 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   at::Tensor gates = at::empty({0}, x.options());
   at::Tensor cells = at::empty({0}, exact);
   if (save && (lstm || layer.cell == Cell::kGru)) {
-    gates = empty_saved({layer.rows, directions, 4 * sizes.hidden_padded()}, x.options());
-    if (lstm) cells = empty_saved({layer.rows, directions, sizes.hidden_padded()}, exact);
+    gates = empty_tensor({layer.rows, directions, 4 * sizes.hidden_padded()}, x.options());
+    if (lstm) cells = empty_tensor({layer.rows, directions, sizes.hidden_padded()}, exact);
     // What no step reaches: the same call gives the same tensors.
     const int64_t valid = storage.view.row0[storage.view.steps];
     for (at::Tensor* saved : {&gates, &cells}) {

@@ -116,8 +116,15 @@ class ForwardChunk {
     const auto row_at = [&](int64_t row) {
       return d_.x + io_row(schedule_, first_row_ + row) * sizes_.input;
     };
-    const auto epilogue = [&]<class T>(const T& tile, int64_t row,
-                                       int64_t panel) __attribute__((always_inline)) {
+    const auto fetch = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
+      S* gates = d_.gates + row * d_.gates_stride + panel * Panel::blocks * kLanes<S>;
+      for (int g = 0; g < kGates; ++g) fetch_to_write(gates + g * hidden_);
+    };
+    const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
+                                             int64_t panel) __attribute__((always_inline)) {
+      for (int r = 0; R > 2 && r < R; ++r) {
+        with_next_tile(mine, own_panels_, row + R + r, panel, fetch);
+      }
       each(tile, panel, hidden_, [&](int r, int v, int64_t unit) __attribute__((always_inline)) {
         const int64_t at = (v % kGates) * hidden_ + unit;
         store(d_.gates + (row + r) * d_.gates_stride + at,
@@ -141,7 +148,6 @@ class ForwardChunk {
   static constexpr int kGates = gate_blocks(kCell);
   using Panel = UnitPanel<kGates>;
   using OutputPanel = UnitPanel<1>;
-
   // Products with panels of units, packed, or from the weights as they lie.
   template <int Gates, class RowAt, class Epilogue>
   FUSEDRNN_HD static void multiply_units(Range rows, Range panels, RowAt row_at, const S* packed,
@@ -214,13 +220,7 @@ class ForwardChunk {
       }
       return row;
     };
-    // What the epilogue of the tile after this one touches: lines far apart, which only it knows
-    // of. They come while that tile is multiplied.
     const auto fetch = [&](int64_t b, int64_t panel) __attribute__((always_inline)) {
-      if (b >= mine.end) {
-        b -= mine.size();
-        if (b >= mine.end || ++panel >= own_panels_.end) return;
-      }
       const int64_t unit = panel * Panel::blocks * kLanes<S>;
       const auto row = row_of(b);
       for (int g = 0; g < kGates; ++g) fetch_to_write(row.gates + g * hidden_ + unit);
@@ -253,7 +253,7 @@ class ForwardChunk {
         }
       };
       each_row([&](int r, int block, int64_t unit) __attribute__((always_inline)) {
-        if (R > 2 && block == 0) fetch(b0 + R + r, panel);
+        if (R > 2 && block == 0) with_next_tile(mine, own_panels_, b0 + R + r, panel, fetch);
         half[r][block] = cell.begin(tile.sum[r] + block * kGates, row_of(b0 + r), unit);
       });
       each_row([&](int r, int block, int64_t unit) __attribute__((always_inline)) {

@@ -103,4 +103,16 @@ FUSEDRNN_HD void product(int64_t row_begin, int64_t row_end, int64_t panel_begin
   }
 }
 
+// For an epilogue that touches lines which no prefetcher foresees: f(row, panel) for the row of the
+// tile after this one that stands where `row` less that tile's height stands in this one. Fetched
+// now, they arrive while that tile is multiplied.
+template <class F>
+FUSEDRNN_HD void with_next_tile(Range rows, Range panels, int64_t row, int64_t panel, F f) {
+  if (row >= rows.end) {
+    row -= rows.size();
+    ++panel;
+  }
+  if (row < rows.end && panel < panels.end) f(row, panel);
+}
+
 FUSEDRNN_ISA_END

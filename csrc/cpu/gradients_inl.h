@@ -108,12 +108,19 @@ class ChunkGradients {
 
   // to (width, n) += columns^T (panels of `which`)
   void add_outer(S* to, int64_t n, int64_t width, int which) const {
+    const Range rows = {0, width}, panels = {0, panel_count<S>(n, kChunkVectors)};
+    const auto fetch = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
+      for (int v = 0; v < kChunkVectors; ++v) {
+        fetch_to_write(to + row * n + panel * kWidth + v * kLanes<S>);
+      }
+    };
     const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
                                              int64_t panel) __attribute__((always_inline)) {
+      for (int r = 0; r < R; ++r) with_next_tile(rows, panels, row + R + r, panel, fetch);
       put_tile(tile, panel, n, !d_.chunk.first, [&](int r) { return to + (row + r) * n; });
     };
     product<S, kChunkVectors>(
-        0, width, 0, panel_count<S>(n, kChunkVectors), [&](int64_t r) { return columns_ + r; },
+        rows.begin, rows.end, panels.begin, panels.end, [&](int64_t r) { return columns_ + r; },
         kGradientRows, args_.panels[which], rows_ * kWidth, rows_, epilogue);
   }
 

@@ -14,8 +14,6 @@ namespace fusedrnn {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-// malloc keeps smaller ones at hand by itself.
-constexpr size_t kLeastPooled = size_t{64} << 10;
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
@@ -69,21 +67,8 @@ bool to_pool(Free block) {
 
 }  // namespace
 
-void advise_huge_pages(void* begin, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const auto address = reinterpret_cast<uintptr_t>(begin);
-  const uintptr_t first = rounded(address, kHugePage);
-  const uintptr_t last = (address + bytes) / kHugePage * kHugePage;
-  // It is only advice: where the system has no huge pages, nothing changes.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  static_cast<void>(begin);
-  static_cast<void>(bytes);
-#endif
-}
-
 Block::Block(size_t bytes) {
-  if (bytes >= kLeastPooled) {
+  if (bytes >= Block::kLeastPooled) {
     const Free block = from_pool(bytes);
     data_ = block.data;
     bytes_ = block.bytes;
@@ -93,11 +78,14 @@ Block::Block(size_t bytes) {
   bytes_ = rounded(bytes > 0 ? bytes : 1, alignment);
   data_ = std::aligned_alloc(alignment, bytes_);
   if (data_ == nullptr) throw std::bad_alloc();
-  if (alignment == kHugePage) advise_huge_pages(data_, bytes_);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // It is only advice: where the system has no huge pages, nothing changes.
+  if (alignment == kHugePage) madvise(data_, bytes_, MADV_HUGEPAGE);
+#endif
 }
 
 Block::~Block() {
-  if (bytes_ < kLeastPooled || bytes_ > kKeptBytes || !to_pool({data_, bytes_})) std::free(data_);
+  if (bytes_ < Block::kLeastPooled || bytes_ > kKeptBytes || !to_pool({data_, bytes_})) std::free(data_);
 }
 
 void empty_cache() {

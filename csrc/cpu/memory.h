@@ -8,15 +8,13 @@
 
 namespace fusedrnn {
 
-// Asks for huge pages (Linux, 2 MiB) in the part of [begin, begin + bytes) that can have them: one
-// fault where there were 512.
-void advise_huge_pages(void* begin, size_t bytes);
-
-// 64-byte aligned, uninitialised memory. What was given back last serves again: the process keeps
-// up to kKeptBytes of it.
+// 64-byte aligned, uninitialised memory. What is given back serves again: the process keeps up to
+// kKeptBytes of it. From 2 MiB on it asks for huge pages (Linux): one fault where there were 512.
 class Block {
  public:
   static constexpr size_t kKeptBytes = size_t{256} << 20;
+  // malloc keeps smaller ones at hand by itself.
+  static constexpr size_t kLeastPooled = size_t{128} << 10;
 
   explicit Block(size_t bytes);  // throws std::bad_alloc
   ~Block();

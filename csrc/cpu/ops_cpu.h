@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <memory>
@@ -32,25 +33,23 @@ inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
   return t.scalar_type() == dtype ? t : t.to(dtype);
 }
 
-// at::empty for what goes to the caller and may be large.
+// at::empty, its memory from the pool where it is large; resizable like any other.
 inline at::Tensor empty_tensor(at::IntArrayRef shape, const at::TensorOptions& options) {
-  at::Tensor t = at::empty(shape, options);
-  advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
-  return t;
+  const size_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
+  if (bytes < Block::kLeastPooled) return at::empty(shape, options);
+  auto block = std::make_unique<Block>(bytes);
+  void* data = block->data();
+  const auto give_back = [](void* context) { delete static_cast<Block*>(context); };
+  return at::for_blob(data, shape)
+      .context(block.release(), give_back)
+      .options(options)
+      .resizeable_storage()
+      .allocator(c10::GetCPUAllocator())
+      .make_tensor();
 }
 
 inline at::Tensor zero_tensor(at::IntArrayRef shape, const at::TensorOptions& options) {
   return empty_tensor(shape, options).zero_();
-}
-
-// The same for what only the backward pass will read: its memory is ours to keep for the next call.
-inline at::Tensor empty_saved(at::IntArrayRef shape, const at::TensorOptions& options) {
-  const size_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
-  const auto block = std::make_shared<Block>(bytes);
-  return at::for_blob(block->data(), shape)
-      .deleter([block](void*) {})
-      .options(options)
-      .make_tensor();
 }
 
 // The tensor as contiguous values of type S; holds on to the memory.
