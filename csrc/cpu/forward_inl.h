@@ -148,6 +148,7 @@ class ForwardChunk {
   static constexpr int kGates = gate_blocks(kCell);
   using Panel = UnitPanel<kGates>;
   using OutputPanel = UnitPanel<1>;
+
   // Products with panels of units, packed, or from the weights as they lie.
   template <int Gates, class RowAt, class Epilogue>
   FUSEDRNN_HD static void multiply_units(Range rows, Range panels, RowAt row_at, const S* packed,

@@ -85,7 +85,8 @@ Block::Block(size_t bytes) {
 }
 
 Block::~Block() {
-  if (bytes_ < Block::kLeastPooled || bytes_ > kKeptBytes || !to_pool({data_, bytes_})) std::free(data_);
+  if (bytes_ < Block::kLeastPooled || bytes_ > kKeptBytes || !to_pool({data_, bytes_}))
+    std::free(data_);
 }
 
 void empty_cache() {
