@@ -112,7 +112,8 @@ FUSEDRNN_HD ReducedExp<V> reduced_exp(V x, ScalarOf<V> unit) {
   return {scale, reduced_expm1(r)};
 }
 
-// The smaller or the larger one; a NaN in x stays.
+// The smaller or the larger one; a NaN in x stays. Of the plain form GCC 12 makes a compare and a
+// blend for 64-byte vectors, and a compare takes a multiplication's place; one instruction does it.
 template <class V>
 FUSEDRNN_HD V at_most(V limit, V x) {
 #if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
