@@ -22,8 +22,8 @@ struct Free {
   size_t bytes;
 };
 
-// Free blocks, the oldest first. Nobody waits for it: who finds it busy goes to malloc, so a child
-// forked at a bad moment cannot hang either.
+// Free blocks, the oldest first. Blocks come and go without waiting for it: who finds it busy goes
+// to malloc, so a call in a child forked at a bad moment cannot hang. Only empty_cache() waits.
 struct Pool {
   std::mutex mutex;
   std::vector<Free> blocks;
@@ -68,7 +68,7 @@ bool to_pool(Free block) {
 }  // namespace
 
 Block::Block(size_t bytes) {
-  if (bytes >= Block::kLeastPooled) {
+  if (bytes >= kLeastPooled) {
     const Free block = from_pool(bytes);
     data_ = block.data;
     bytes_ = block.bytes;
@@ -85,8 +85,8 @@ Block::Block(size_t bytes) {
 }
 
 Block::~Block() {
-  if (bytes_ < Block::kLeastPooled || bytes_ > kKeptBytes || !to_pool({data_, bytes_}))
-    std::free(data_);
+  const bool poolable = bytes_ >= kLeastPooled && bytes_ <= kKeptBytes;
+  if (!poolable || !to_pool({data_, bytes_})) std::free(data_);
 }
 
 void empty_cache() {

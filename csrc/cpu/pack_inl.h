@@ -44,7 +44,7 @@ void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range p
         Vec<S> rows[lanes];
         for (int r = 0; r < lanes; ++r) {
           __builtin_prefetch(from + r * k + i + 4 * lanes, 0, 2);
-          __builtin_prefetch(to + (i + r + 2 * lanes) * (P::vectors * lanes) + v * lanes, 1, 3);
+          fetch_to_write(to + (i + r + 2 * lanes) * (P::vectors * lanes) + v * lanes);
           rows[r] = r < valid ? load(from + r * k + i, k - i) : Vec<S>{};
         }
         transpose<S>(rows);
