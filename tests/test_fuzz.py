@@ -216,7 +216,7 @@ def check(case: Case) -> list[float]:
     torch.set_num_threads(case.threads)
     _C.set_cpu_isa(case.isa)
     ours = execute(case, oracle.twin(module), given)
-    return oracle.agree(ours, theirs, exact, case)
+    return oracle.agree(ours, theirs, exact, case, tiny_slack=4.0)
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
