@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include "autograd.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "layer.h"
@@ -29,47 +30,6 @@ pybind11::dict build_info() {
   info["openmp"] = std::to_string(_OPENMP);
   info["cuda"] = "no";
   return info;
-}
-
-// The ops as Python functions, through the dispatcher but past torch.ops, whose work in Python is a
-// third of a short call. For calls that record no derivative: the op's own refusal is left out.
-template <class Signature>
-class DirectOp;
-template <class Result, class... Args>
-class DirectOp<Result(Args...)> {
- public:
-  explicit DirectOp(const char* name)
-      : op_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Args...)>()) {}
-  Result operator()(Args... args) const {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return op_.call(std::forward<Args>(args)...);
-  }
-
- private:
-  c10::TypedOperatorHandle<Result(Args...)> op_;
-};
-
-auto direct_forward(const std::string& mode, const at::Tensor& x, const OptionalTensor& lengths,
-                    const OptionalTensor& batch_sizes, const OptionalTensor& reset,
-                    const OptionalTensor& h0, const OptionalTensor& c0,
-                    const std::vector<at::Tensor>& params, bool has_biases, bool bidirectional,
-                    bool save) {
-  static const DirectOp<LayerForward> op("fusedrnn::layer_forward");
-  return op(mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, save);
-}
-
-auto direct_backward(const std::string& mode, const OptionalTensor& dy, const OptionalTensor& dh_n,
-                     const OptionalTensor& dc_n, const at::Tensor& x, const OptionalTensor& lengths,
-                     const OptionalTensor& batch_sizes, const OptionalTensor& reset,
-                     const OptionalTensor& h0, const OptionalTensor& c0,
-                     const std::vector<at::Tensor>& params, const at::Tensor& y,
-                     const at::Tensor& gates, const at::Tensor& cells, bool has_biases,
-                     bool bidirectional, const std::vector<bool>& output_mask) {
-  static const DirectOp<LayerBackward> op("fusedrnn::layer_backward");
-  c10::List<bool> mask;
-  for (const bool wanted : output_mask) mask.push_back(wanted);
-  return op(mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params, y, gates, cells,
-            has_biases, bidirectional, mask);
 }
 
 }  // namespace
@@ -119,10 +79,8 @@ PYBIND11_MODULE(_C, m) {
       "Name of the instruction set in use.");
   m.def("set_cpu_isa", &fusedrnn::set_isa, pybind11::arg("name"),
         "Uses instruction set `name` from the next call on; ValueError where it is not usable.");
-  m.def("layer_forward", torch::wrap_pybind_function_no_gil(fusedrnn::direct_forward),
-        "torch.ops.fusedrnn.layer_forward, for calls that record no derivative.");
-  m.def("layer_backward", torch::wrap_pybind_function_no_gil(fusedrnn::direct_backward),
-        "torch.ops.fusedrnn.layer_backward, for calls that record no derivative.");
+  m.def("layer", torch::wrap_pybind_function_no_gil(fusedrnn::layer),
+        "One layer (y, h_n, c_n), recorded for autograd where an input requires grad.");
   m.def("empty_cache", &fusedrnn::empty_cache,
         "Gives the memory kept for the next calls back to the system.");
   m.attr("unit_alignment") = fusedrnn::kUnitAlignment;

@@ -13,7 +13,7 @@ def get_cpu_isa() -> str:
 def set_cpu_isa(name: str) -> None:
     """Use the instruction set ``name`` from now on; ValueError unless ``cpu_isas()`` lists it."""
 
-def layer_forward(
+def layer(
     mode: str,
     x: Tensor,
     lengths: Tensor | None,
@@ -24,31 +24,11 @@ def layer_forward(
     params: Sequence[Tensor],
     has_biases: bool,
     bidirectional: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``torch.ops.fusedrnn.layer_forward`` with less to do in Python, for eager calls that record
-    no derivative: the refusal of derivatives is left out. Not traced by Dynamo."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer (y, h_n, c_n), recorded for autograd where an input requires grad.
 
-def layer_backward(
-    mode: str,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    params: Sequence[Tensor],
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    has_biases: bool,
-    bidirectional: bool,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """``torch.ops.fusedrnn.layer_backward`` in the same way."""
+    For eager calls outside ``torch.func`` transforms and forward-mode levels.
+    """
 
 def empty_cache() -> None:
     """Give the memory that is kept for the next calls back to the system."""

@@ -2,16 +2,18 @@
 
 :func:`layer` picks the cheapest path that is right:
 
-* the bare operator, where nothing can ask for a derivative, and in ``torch.export``;
-* :class:`LayerFunction`, for everyday autograd and ``torch.compile``;
-* :class:`TransformableLayerFunction`, the same in the ``setup_context`` form that ``torch.func``
-  needs, and that costs three times as much to call;
+* ``_C.layer`` for eager calls: the bare operator, or a node of C++ (``csrc/autograd.cpp``) where an
+  input requires grad;
+* :class:`LayerFunction` for ``torch.func`` and ``torch.compile``, which trace no node of C++;
+* the bare operator in ``torch.compile`` where nothing can ask for a derivative, and in
+  ``torch.export``;
 * ``fusedrnn.reference``, plain torch operations, while a forward-mode level is open, and for
   ``torch.func`` inside ``torch.compile``: the kernels have no tangents, Dynamo traces no Function
   through a transform, and an operator in their place gives a silent zero.
 
-The backward pass is an operator too. It is differentiable through :class:`BackwardFunction`, whose
-own derivative is taken of the reference's back-propagation, to any order.
+The backward pass is an operator too, which the node in C++ calls itself for everyday gradients; any
+others are :func:`layer_backward`'s. It is differentiable through :class:`BackwardFunction`,
+whose own derivative is taken of the reference's back-propagation, to any order.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from fusedrnn import _ops, reference
 from fusedrnn._autocast import autocast_disabled
 from fusedrnn._ops import _C
 
-__all__ = ["BackwardFunction", "LayerFunction", "TransformableLayerFunction", "layer"]
+__all__ = ["BackwardFunction", "LayerFunction", "layer", "layer_backward"]
 
 _is_compiling = torch.compiler.is_compiling
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -62,61 +64,27 @@ def layer(
             return reference.layer_forward(
                 mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
             )
-    if transformed:
-        return TransformableLayerFunction.apply(
-            mode, has_biases, bidirectional, x, lengths, batch_sizes, reset, h0, c0, *params
-        )[:3]
+    if not transformed and not compiling:
+        return _C.layer(
+            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
+        )
     if compiling:
         x, h0, c0, *params = _distinct([x, h0, c0, *params])
-    # torch.export keeps no Function: it would record the forward alone, detached under strict=True.
-    # An exported bare operator is for inference, and raises when a derivative is asked of it.
-    if _needs_grad(x, h0, c0, params) and not (compiling and torch.compiler.is_exporting()):
-        return LayerFunction.apply(
-            mode, has_biases, bidirectional, x, lengths, batch_sizes, reset, h0, c0, *params
-        )
-    forward = _ops.layer_forward if compiling else _C.layer_forward
-    return forward(
-        mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, False
+        # torch.export keeps no Function: it would record the forward alone, detached under
+        # strict=True. An exported bare operator is for inference, and raises when a derivative is
+        # asked of it.
+        if not _needs_grad(x, h0, c0, params) or torch.compiler.is_exporting():
+            return _ops.layer_forward(
+                mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional,
+                False,
+            )[:3]  # fmt: skip
+    return LayerFunction.apply(
+        mode, has_biases, bidirectional, x, lengths, batch_sizes, reset, h0, c0, *params
     )[:3]
 
 
 class LayerFunction(Function):
-    """One layer for everyday autograd; the arguments are those of :func:`layer`, reordered."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        mode: str,
-        has_biases: bool,
-        bidirectional: bool,
-        x: Tensor,
-        lengths: Tensor | None,
-        batch_sizes: Tensor | None,
-        reset: Tensor | None,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        *params: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        op = _ops.layer_forward if _is_compiling() else _C.layer_forward
-        y, h_n, c_n, gates, cells = op(
-            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, True
-        )
-        ctx.save_for_backward(x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params)
-        ctx.options = (mode, has_biases, bidirectional)
-        ctx.set_materialize_grads(False)
-        if mode != "LSTM":
-            ctx.mark_non_differentiable(c_n)
-        return y, h_n, c_n
-
-    @staticmethod
-    def backward(
-        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        return _layer_backward(ctx, dy, dh_n, dc_n)
-
-
-class TransformableLayerFunction(Function):
-    """:class:`LayerFunction` in the form that ``torch.func`` accepts.
+    """One layer; the arguments are those of :func:`layer`, reordered.
 
     ``setup_context`` sees only inputs and outputs, so what the backward needs is returned as well.
     """
@@ -161,51 +129,54 @@ class TransformableLayerFunction(Function):
         _dgates: Tensor | None,
         _dcells: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        return _layer_backward(ctx, dy, dh_n, dc_n)
+        needed = ctx.needs_input_grad
+        mode = ctx.options[0]
+        if mode != "LSTM":
+            dc_n = None  # a compiled graph hands in zeros
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * len(needed)
+        wanted = [needed[_X], needed[_H0], needed[_C0], *needed[_PARAMS:]]
+        dx, dh0, dc0, *dparams = layer_backward(
+            *ctx.options, wanted, (dy, dh_n, dc_n), ctx.saved_tensors
+        )
+        return None, None, None, dx, None, None, None, dh0, dc0, *dparams
 
 
-def _layer_backward(
-    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a layer Function's arguments."""
-    needed = ctx.needs_input_grad
-    mode, has_biases, bidirectional = ctx.options
-    if mode != "LSTM":
-        dc_n = None  # a compiled graph hands in zeros
-    if dy is None and dh_n is None and dc_n is None:
-        return (None,) * len(needed)
-    x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params = ctx.saved_tensors
-    mask = [needed[_X], needed[_H0], needed[_C0], *needed[_PARAMS:]]
-    grads: Sequence[Tensor]
+def layer_backward(
+    mode: str,
+    has_biases: bool,
+    bidirectional: bool,
+    wanted: list[bool],
+    cotangents: Sequence[Tensor | None],
+    saved: Sequence[Any],
+) -> list[Tensor | None]:
+    """The gradients of x, h0, c0 and params, None where not wanted.
+
+    Args:
+        cotangents: dy, dh_n, dc_n.
+        saved: x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, then the params.
+    """
+    dy, dh_n, dc_n = cotangents
+    x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params = saved
     if forward_ad._current_level >= 0 or _batched_by_autograd(dy, dh_n, dc_n):
         with autocast_disabled(x):
-            dx, dh0, dc0, grads = reference.layer_backward(
+            *states, dparams = reference.layer_backward(
                 mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
                 has_biases, bidirectional,
             )  # fmt: skip
+        gradients = [*states, *dparams]
     elif not _is_compiling() and (torch.is_grad_enabled() or _transforms_active()):
-        dx, dh0, dc0, *grads = BackwardFunction.apply(
-            mode, has_biases, bidirectional, mask, lengths, batch_sizes, reset, y, gates, cells,
+        gradients = BackwardFunction.apply(
+            mode, has_biases, bidirectional, wanted, lengths, batch_sizes, reset, y, gates, cells,
             dy, dh_n, dc_n, x, h0, c0, *params,
         )  # fmt: skip
     else:
-        op = _ops.layer_backward if _is_compiling() else _C.layer_backward
-        dx, dh0, dc0, grads = op(
+        *states, dparams = _ops.layer_backward(
             mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
-            y, gates, cells, has_biases, bidirectional, mask,
+            y, gates, cells, has_biases, bidirectional, wanted,
         )  # fmt: skip
-    return (
-        None,
-        None,
-        None,
-        dx if mask[0] else None,
-        None,
-        None,
-        None,
-        dh0 if mask[1] else None,
-        dc0 if mask[2] else None,
-        *(grad if wanted else None for grad, wanted in zip(grads, mask[3:], strict=True)),
-    )
+        gradients = [*states, *dparams]
+    return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
 
 
 class BackwardFunction(Function):

@@ -1,0 +1,195 @@
+// Everyday autograd: a node in C++, whose calls cost a third of a Python Function's.
+#include "autograd.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace fusedrnn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// An op of this library, called through the dispatcher below autograd.
+template <class Signature>
+class Op;
+template <class Result, class... Args>
+class Op<Result(Args...)> {
+ public:
+  explicit Op(const char* name)
+      : op_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Args...)>()) {}
+  Result operator()(Args... args) const {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return op_.call(std::forward<Args>(args)...);
+  }
+
+ private:
+  c10::TypedOperatorHandle<Result(Args...)> op_;
+};
+
+const Op<LayerForward>& forward_op() {
+  static const Op<LayerForward> op("fusedrnn::layer_forward");
+  return op;
+}
+
+const Op<LayerBackward>& backward_op() {
+  static const Op<LayerBackward> op("fusedrnn::layer_backward");
+  return op;
+}
+
+OptionalTensor optional(at::Tensor t) {
+  return t.defined() ? OptionalTensor(std::move(t)) : std::nullopt;
+}
+
+at::Tensor tensor_or_undefined(const OptionalTensor& t) { return t.value_or(at::Tensor()); }
+
+// Whether a torch.func transform is active.
+bool transforms_active() {
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
+// What is no gradient of a gradient, and no batch of gradients: the backward op's own case.
+bool everyday(const variable_list& cotangents) {
+  const auto batched = [](const at::Tensor& t) {
+    return t.defined() && t.key_set().has(c10::DispatchKey::Batched);
+  };
+  return !at::GradMode::is_enabled() && !transforms_active() &&
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr &&
+         std::none_of(cotangents.begin(), cotangents.end(), batched);
+}
+
+struct Saved {
+  std::string mode;
+  bool has_biases, bidirectional;
+  variable_list tensors;  // x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params
+
+  enum { kX, kLengths, kBatchSizes, kReset, kH0, kC0, kY, kGates, kCells, kParams };
+  OptionalTensor given(int index) const { return optional(tensors[index]); }
+  at::TensorList params() const { return at::TensorList(tensors).slice(kParams); }
+};
+
+// The gradients of x, h0, c0, *params; undefined where not wanted.
+variable_list everyday_gradients(const Saved& s, const variable_list& cotangents,
+                                 const std::vector<bool>& wanted) {
+  c10::List<bool> mask;
+  for (const bool one : wanted) mask.push_back(one);
+  auto [dx, dh0, dc0, dparams] =
+      backward_op()(s.mode, optional(cotangents[0]), optional(cotangents[1]),
+                    optional(cotangents[2]), s.tensors[Saved::kX], s.given(Saved::kLengths),
+                    s.given(Saved::kBatchSizes), s.given(Saved::kReset), s.given(Saved::kH0),
+                    s.given(Saved::kC0), s.params(), s.tensors[Saved::kY], s.tensors[Saved::kGates],
+                    s.tensors[Saved::kCells], s.has_biases, s.bidirectional, mask);
+  variable_list gradients = {std::move(dx), std::move(dh0), std::move(dc0)};
+  std::move(dparams.begin(), dparams.end(), std::back_inserter(gradients));
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (!wanted[i]) gradients[i].reset();
+  }
+  return gradients;
+}
+
+// The same, composed in Python.
+variable_list composed_gradients(const Saved& s, const variable_list& cotangents,
+                                 const std::vector<bool>& wanted) {
+  const pybind11::gil_scoped_acquire gil;
+  try {
+    const auto python = pybind11::module_::import("fusedrnn._layer").attr("layer_backward");
+    const auto found = python(s.mode, s.has_biases, s.bidirectional, wanted, cotangents, s.tensors)
+                           .cast<std::vector<OptionalTensor>>();
+    variable_list gradients;
+    for (const OptionalTensor& t : found) gradients.push_back(tensor_or_undefined(t));
+    return gradients;
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+    python_error raised;  // the engine carries it over to the thread that called backward
+    raised.persist();
+    throw raised;
+  }
+}
+
+class LayerNode : public torch::autograd::Function<LayerNode> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const std::string& mode, const at::Tensor& x,
+                               const OptionalTensor& h0, const OptionalTensor& c0,
+                               at::TensorList params, const LayerInputs& in, bool has_biases,
+                               bool bidirectional) {
+    auto [y, h_n, c_n, gates, cells] =
+        forward_op()(mode, x, in.lengths, in.batch_sizes, in.reset, h0, c0, params, has_biases,
+                     bidirectional, /*save=*/true);
+    variable_list saved = {x,
+                           tensor_or_undefined(in.lengths),
+                           tensor_or_undefined(in.batch_sizes),
+                           tensor_or_undefined(in.reset),
+                           tensor_or_undefined(h0),
+                           tensor_or_undefined(c0),
+                           y,
+                           gates,
+                           cells};
+    saved.insert(saved.end(), params.begin(), params.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["mode"] = mode;
+    ctx->saved_data["has_biases"] = has_biases;
+    ctx->saved_data["bidirectional"] = bidirectional;
+    ctx->set_materialize_grads(false);
+    if (mode != "LSTM") ctx->mark_non_differentiable({c_n});
+    return {y, h_n, c_n};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const Saved saved{ctx->saved_data["mode"].toStringRef(), ctx->saved_data["has_biases"].toBool(),
+                      ctx->saved_data["bidirectional"].toBool(), ctx->get_saved_variables()};
+    // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional.
+    variable_list result(saved.params().size() + 7);
+    if (std::none_of(cotangents.begin(), cotangents.end(),
+                     [](const at::Tensor& t) { return t.defined(); })) {
+      return result;
+    }
+    std::vector<bool> wanted;
+    size_t edge = 0;  // absent states have none
+    const auto ask = [&](const at::Tensor& t) {
+      wanted.push_back(t.defined() && ctx->needs_input_grad(edge++));
+    };
+    for (const int index : {Saved::kX, Saved::kH0, Saved::kC0}) ask(saved.tensors[index]);
+    for (const at::Tensor& param : saved.params()) ask(param);
+    const auto gradients_of = everyday(cotangents) ? everyday_gradients : composed_gradients;
+    auto gradients = gradients_of(saved, cotangents, wanted);
+    std::move(gradients.begin(), gradients.end(), result.begin() + 1);
+    return result;
+  }
+};
+
+bool records(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+             const std::vector<at::Tensor>& params) {
+  const auto requires_grad = [](const at::Tensor& t) { return t.requires_grad(); };
+  return at::GradMode::is_enabled() &&
+         (std::any_of(params.begin(), params.end(), requires_grad) || requires_grad(x) ||
+          (h0 && requires_grad(*h0)) || (c0 && requires_grad(*c0)));
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer(
+    const std::string& mode, const at::Tensor& x, const OptionalTensor& lengths,
+    const OptionalTensor& batch_sizes, const OptionalTensor& reset, const OptionalTensor& h0,
+    const OptionalTensor& c0, const std::vector<at::Tensor>& params, bool has_biases,
+    bool bidirectional) {
+  if (!records(x, h0, c0, params)) {
+    auto [y, h_n, c_n, gates, cells] =
+        forward_op()(mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases,
+                     bidirectional, /*save=*/false);
+    return {std::move(y), std::move(h_n), std::move(c_n)};
+  }
+  const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
+  auto outputs =
+      LayerNode::apply(mode, x, h0, c0, at::TensorList(params), in, has_biases, bidirectional);
+  return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2])};
+}
+
+}  // namespace fusedrnn

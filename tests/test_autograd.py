@@ -1,0 +1,197 @@
+"""What users do with a recorded graph: hooks, checkpoints, changed tensors, gradients asked twice.
+
+The gradients themselves are the business of test_fuzz.py and test_gradcheck.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import fusedrnn
+import oracle
+from fusedrnn import _layer
+
+T, B, INPUT, HIDDEN = 5, 3, 4, 18
+MODULES = {"LSTM": fusedrnn.LSTM, "GRU": fusedrnn.GRU, "RNN": fusedrnn.RNN}
+with_modules = pytest.mark.parametrize("name", MODULES)
+
+
+class Graph:
+    """A two-layer module's call on inputs that require grad, and the leaves behind it."""
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32) -> None:
+        self.module = MODULES[name](INPUT, HIDDEN, num_layers=2, bidirectional=True, dtype=dtype)
+        self.x = torch.randn(T, B, INPUT, dtype=dtype, requires_grad=True)
+        self.leaves = [self.x, *self.module.parameters()]
+        self.dy = torch.randn(T, B, 2 * HIDDEN, dtype=dtype)
+
+    def y(self) -> Tensor:
+        return self.module(self.x)[0]
+
+    def gradients(self, y: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.y() if y is None else y, self.leaves, self.dy, **options)
+
+
+@with_modules
+def test_a_freed_graph_raises(name: str) -> None:
+    graph = Graph(name)
+    y = graph.y()
+    first = graph.gradients(y, retain_graph=True)
+    assert oracle.same_bits(first, graph.gradients(y))
+    with pytest.raises(RuntimeError, match="second time"):
+        graph.gradients(y)
+
+
+@with_modules
+@pytest.mark.parametrize("which", ["weight", "input", "output"])
+def test_a_tensor_changed_in_place_raises(name: str, which: str) -> None:
+    graph = Graph(name)
+    y = graph.y()
+    changed = {"weight": graph.module.weight_hh_l0_reverse, "input": graph.x, "output": y}
+    with torch.no_grad():
+        changed[which].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        graph.gradients(y)
+
+
+@with_modules
+def test_saved_tensor_hooks_see_every_saved_tensor(name: str) -> None:
+    """They are how activations are moved to other memory: backward reads what they give back."""
+    graph = Graph(name)
+    expected = graph.gradients()
+    packed: list[Tensor] = []
+
+    def pack(t: Tensor) -> int:
+        packed.append(t.clone())
+        return len(packed) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda index: packed[index].clone()):
+        y = graph.y()
+    assert sum(t.shape == graph.x.shape and torch.equal(t, graph.x) for t in packed) == 1
+    assert oracle.same_bits(expected, graph.gradients(y))
+    for t in packed:
+        t.zero_()
+    assert not oracle.same_bits(expected, graph.gradients(_with_hooks(graph, packed)))
+
+
+def _with_hooks(graph: Graph, stored: list[Tensor]) -> Tensor:
+    """A call whose saved tensors come back as the zeros of ``stored``, in the same order."""
+    place = itertools.count()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda _: next(place), lambda index: stored[index]
+    ):
+        return graph.y()
+
+
+@with_modules
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(name: str, reentrant: bool) -> None:
+    graph = Graph(name)
+    expected = graph.gradients()
+    y = checkpoint(lambda x: graph.module(x)[0], graph.x, use_reentrant=reentrant)
+    y.backward(graph.dy)
+    assert oracle.same_bits(expected, [leaf.grad for leaf in graph.leaves])
+
+
+@with_modules
+def test_hooks(name: str) -> None:
+    """A hook on a tensor in the middle, on a leaf, and on a module may change what flows."""
+    graph = Graph(name)
+    dx, *dparams = graph.gradients()
+    accumulated = []
+    graph.module.weight_ih_l0.register_post_accumulate_grad_hook(accumulated.append)
+    graph.module.register_full_backward_hook(lambda module, dx, dy: (3 * dx[0],))
+    y = graph.y()
+    y.register_hook(lambda dy: 2 * dy)
+    y.backward(graph.dy)
+    torch.testing.assert_close(graph.x.grad, 6 * dx)
+    for leaf, grad in zip(graph.module.parameters(), dparams, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * grad)
+    assert accumulated == [graph.module.weight_ih_l0]
+
+
+@with_modules
+def test_some_gradients_alone(name: str) -> None:
+    """Each leaf's gradient asked on its own has the bits that it has among all, and no .grad."""
+    graph = Graph(name)
+    y = graph.y()
+    for leaf, expected in zip(graph.leaves, graph.gradients(y, retain_graph=True), strict=True):
+        (found,) = torch.autograd.grad(y, leaf, graph.dy, retain_graph=True)
+        assert oracle.same_bits(found, expected)
+    assert all(leaf.grad is None for leaf in graph.leaves)
+
+
+def test_the_empty_cell_state_is_no_part_of_the_graph() -> None:
+    """The operator's empty c_n is never part of a graph."""
+    for mode, rows in (("GRU", 3), ("RNN_TANH", 1)):
+        params = [
+            torch.randn(*shape, requires_grad=True)
+            for shape in ((rows * HIDDEN, INPUT), (rows * HIDDEN, HIDDEN))
+        ]
+        y, h_n, c_n = _layer.layer(
+            mode, torch.randn(T, B, INPUT), *[None] * 5, params, False, False
+        )
+        assert y.requires_grad
+        assert h_n.requires_grad
+        assert not c_n.requires_grad
+        assert c_n.grad_fn is None
+
+
+@with_modules
+def test_gradients_of_a_dual_cotangent(name: str) -> None:
+    """The graph is recorded before a forward-mode level opens; its gradients are linear in dy."""
+    graph = Graph(name, torch.float64)
+    y = graph.y()
+    expected = graph.gradients(y, retain_graph=True)
+    tangent = torch.randn_like(graph.dy)
+    (along_x,) = torch.autograd.grad(y, graph.x, tangent, retain_graph=True)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(graph.dy, tangent)
+        (dx,) = torch.autograd.grad(y, graph.x, dual)
+        primal, found = forward_ad.unpack_dual(dx)
+    torch.testing.assert_close(primal, expected[0])
+    torch.testing.assert_close(found, along_x)
+
+
+@with_modules
+def test_batched_cotangents(name: str) -> None:
+    """torch.func.vmap, and autograd's own vmap, over gradients of a graph recorded outside."""
+    graph = Graph(name, torch.float64)
+    y = graph.y()
+    dys = torch.randn(4, *y.shape, dtype=y.dtype)
+
+    def gradients(dy: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, graph.leaves, dy, retain_graph=True, **options)
+
+    one_by_one = [torch.stack(g) for g in zip(*map(gradients, dys), strict=True)]
+    for found in (torch.func.vmap(gradients)(dys), gradients(dys, is_grads_batched=True)):
+        for mine, expected in zip(found, one_by_one, strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
+def test_errors_of_composed_gradients_keep_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("on the way")
+
+    graph = Graph("GRU")
+    y = graph.y()
+    monkeypatch.setattr(_layer, "layer_backward", fail)
+    with pytest.raises(ZeroDivisionError, match="on the way"):
+        graph.gradients(y, create_graph=True)
+
+
+@with_modules
+def test_compiled_autograd(name: str) -> None:
+    """torch.compile of the backward pass takes the node of an eager forward as it is."""
+    graph = Graph(name)
+    expected = graph.gradients()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: graph.y().backward(graph.dy), backend="eager")()
+    assert oracle.same_bits(expected, [leaf.grad for leaf in graph.leaves])
