@@ -153,25 +153,24 @@ class ForwardChunk {
   template <int Gates, class RowAt, class Epilogue>
   FUSEDRNN_HD static void multiply_units(Range rows, Range panels, RowAt row_at, const S* packed,
                                          const S* weights, int64_t units, int64_t k,
-                                         Epilogue epilogue) {
+                                         Epilogue epilogue, bool from_end = false) {
     constexpr int vectors = UnitPanel<Gates>::vectors;
     if (packed == nullptr) {
       product_by_unit<Gates, S>(rows, panels, row_at, weights, units, k, epilogue);
     } else {
-      product<S, vectors>(rows.begin, rows.end, panels.begin, panels.end, row_at, 1, packed,
-                          k * vectors * kLanes<S>, k, epilogue);
+      product<S, vectors>(rows, panels, row_at, 1, packed, k * vectors * kLanes<S>, k, epilogue,
+                          from_end);
     }
   }
 
   // f(r, v, unit) for every vector of the tile that lies within `limit` units.
   template <int R, int NV, class F>
   static FUSEDRNN_HD void each(const Tile<S, R, NV>&, int64_t panel, int64_t limit, F f) {
-    constexpr int blocks = NV == kGates ? 1 : NV;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        const int64_t unit = (panel * blocks + (NV == kGates ? 0 : v)) * kLanes<S>;
+        const int64_t unit = (panel * Panel::blocks + v / kGates) * kLanes<S>;
         if (unit < limit) f(r, v, unit);
       }
     }
@@ -234,11 +233,12 @@ class ForwardChunk {
     };
     const auto apply = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0,
                                           int64_t panel) __attribute__((always_inline)) {
-      typename CellStep::Half half[R][Panel::blocks] = {};
+      constexpr int blocks = NV / kGates;
+      typename CellStep::Half half[R][blocks] = {};
       const auto each_row = [&](auto f) __attribute__((always_inline)) {
         const auto row = [&](int r) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-          for (int block = 0; block < Panel::blocks; ++block) {
+#pragma GCC unroll 4
+          for (int block = 0; block < blocks; ++block) {
             const int64_t unit = (panel * Panel::blocks + block) * kLanes<S>;
             if (unit < hidden_) f(r, block, unit);
           }
@@ -267,22 +267,22 @@ class ForwardChunk {
       });
     };
     multiply_units<kGates>(mine, own_panels_, h_prev, d_.packed.recurrent, d_.weights.w_hh,
-                           sizes_.hidden, sizes_.output, apply);
+                           sizes_.hidden, sizes_.output, apply, turn_ != 0);
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {
         slot_.wait_parts();
         const auto h_tilde = [&](int64_t b) { return d_.h_tilde + b * hidden_; };
-        const auto put = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
-                             __attribute__((always_inline)) {
+        const auto put = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0,
+                                            int64_t panel) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-                               for (int r = 0; r < R; ++r) {
+          for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-                                 for (int v = 0; v < NV; ++v) {
-                                   const int64_t unit = (panel * NV + v) * kLanes<S>;
-                                   if (unit < output_) put_output(b0 + r, unit, tile.sum[r][v]);
-                                 }
-                               }
-                             };
+            for (int v = 0; v < NV; ++v) {
+              const int64_t unit = (panel * OutputPanel::blocks + v) * kLanes<S>;
+              if (unit < output_) put_output(b0 + r, unit, tile.sum[r][v]);
+            }
+          }
+        };
         multiply_units<1>(mine, own_output_panels_, h_tilde, d_.packed.projection, d_.weights.w_hr,
                           sizes_.output, sizes_.hidden, put);
       }

@@ -22,35 +22,38 @@ struct Tile {
   Vec<S> sum[R][NV];
 };
 
-// tile.sum[r][v] = sum over k of a[r][k * a_step] * panel[k][v]
-template <class S, int R, int NV>
-FUSEDRNN_HD void multiply(Tile<S, R, NV>& tile, const S* const (&a)[R], int64_t a_step,
-                          const S* panel, int64_t k) {
+// tile.sum[r][v] = sum over i < k of a[r][i * a_step] * (vector v at i * b_step), the tile's
+// vectors being those of Width / NV panels that lie `panel_size` apart.
+template <int NV, class S, int R, int Width>
+FUSEDRNN_HD void multiply(Tile<S, R, Width>& tile, const S* const (&a)[R], int64_t a_step,
+                          const S* panel, int64_t b_step, int64_t panel_size, int64_t k) {
   // A sum waits for its last addition: short tiles use several sets of sums to hide that.
-  constexpr int sets = R * NV >= 8 ? 1 : R * NV >= 4 ? 2 : 4;
+  constexpr int sets = R * Width >= 8 ? 1 : R * Width >= 4 ? 2 : 4;
   constexpr int lanes = kLanes<S>;
-  Vec<S> sum[sets][R][NV] = {};
-  auto step = [&](Vec<S>(&s)[R][NV], int64_t at, const S* columns) __attribute__((always_inline)) {
-    Vec<S> b[NV];
+  Vec<S> sum[sets][R][Width] = {};
+  auto step = [&](Vec<S>(&s)[R][Width], int64_t at, const S* columns)
+                  __attribute__((always_inline)) {
+                    Vec<S> b[Width];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) b[v] = load(columns + v * lanes);
+                    for (int v = 0; v < Width; ++v)
+                      b[v] = load(columns + v / NV * panel_size + v % NV * lanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec<S> left = broadcast(a[r][at]);
+                    for (int r = 0; r < R; ++r) {
+                      const Vec<S> left = broadcast(a[r][at]);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) s[r][v] += left * b[v];
-    }
-  };
+                      for (int v = 0; v < Width; ++v) s[r][v] += left * b[v];
+                    }
+                  };
   int64_t i = 0;
   for (; i + sets <= k; i += sets) {
 #pragma GCC unroll 4
-    for (int u = 0; u < sets; ++u) step(sum[u], (i + u) * a_step, panel + (i + u) * (NV * lanes));
+    for (int u = 0; u < sets; ++u) step(sum[u], (i + u) * a_step, panel + (i + u) * b_step);
   }
-  for (; i < k; ++i) step(sum[0], i * a_step, panel + i * (NV * lanes));
+  for (; i < k; ++i) step(sum[0], i * a_step, panel + i * b_step);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
+    for (int v = 0; v < Width; ++v) {
       if constexpr (sets == 1) tile.sum[r][v] = sum[0][r][v];
       if constexpr (sets == 2) tile.sum[r][v] = sum[0][r][v] + sum[1][r][v];
       if constexpr (sets == 4) {
@@ -60,15 +63,41 @@ FUSEDRNN_HD void multiply(Tile<S, R, NV>& tile, const S* const (&a)[R], int64_t 
   }
 }
 
-template <class S, int NV, int R, class RowAt, class Epilogue>
+template <class S, int NV, int R, int Panels, class RowAt, class Epilogue>
 FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_t a_step,
-                               const S* weights, int64_t k, Epilogue& epilogue) {
+                               const S* packed, int64_t panel_size, int64_t k, Epilogue& epilogue,
+                               bool from_end = false) {
+  const int64_t first = from_end && k > 0 ? k - 1 : 0, way = from_end ? -1 : 1;
+  constexpr int64_t b_step = NV * kLanes<S>;
   const S* a[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) a[r] = row_at(row + r);
-  Tile<S, R, NV> tile;
-  multiply(tile, a, a_step, weights, k);
+  for (int r = 0; r < R; ++r) a[r] = row_at(row + r) + first * a_step;
+  Tile<S, R, NV * Panels> tile;
+  multiply<NV>(tile, a, way * a_step, packed + panel * panel_size + first * b_step, way * b_step,
+               panel_size, k);
   epilogue(tile, row, panel);
+}
+
+// A single row takes two panels at once: a tile's epilogue is one chain of dependent instructions a
+// panel, and two hide each other. The walk's steps read the weights from either end in turn: what
+// the last step left in the first cache is used before it has to go.
+template <class S, int NV, class RowAt, class Epilogue>
+FUSEDRNN_HD void product_of_row(int64_t row, Range panels, RowAt row_at, int64_t a_step,
+                                const S* packed, int64_t panel_size, int64_t k, Epilogue epilogue,
+                                bool from_end) {
+  const int64_t pairs = panels.size() / 2;
+  const auto single = [&] __attribute__((always_inline)) {
+    if (panels.size() % 2 == 0) return;
+    multiply_rows<S, NV, 1, 1>(row, panels.end - 1, row_at, a_step, packed, panel_size, k, epilogue,
+                               from_end);
+  };
+  if (from_end) single();
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t pair = from_end ? pairs - 1 - i : i;
+    multiply_rows<S, NV, 1, 2>(row, panels.begin + 2 * pair, row_at, a_step, packed, panel_size, k,
+                               epilogue, from_end);
+  }
+  if (!from_end) single();
 }
 
 // Calls f with `height` as a compile-time constant, 1 <= height <= Most.
@@ -80,23 +109,26 @@ FUSEDRNN_HD void with_height(int64_t height, F f) {
   f(std::integral_constant<int, Most>{});
 }
 
-// Tiles over rows [row_begin, row_end) and panels [panel_begin, panel_end); row_at(row) points to a
-// row's first element, epilogue(tile, row, panel) takes each finished tile. Tiles are as equal in
-// height as can be: eight rows are four and four, not six and two.
+// Tiles over rows and panels; row_at(row) points to a row's first element, epilogue(tile, row,
+// panel) takes each finished tile. Tiles are as equal in height as can be: eight rows are four and
+// four, not six and two. from_end: see product_of_row.
 template <class S, int NV, int MostRows = kTileRows<S, NV>, class RowAt, class Epilogue>
-FUSEDRNN_HD void product(int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
-                         RowAt row_at, int64_t a_step, const S* packed, int64_t panel_size,
-                         int64_t k, Epilogue epilogue) {
-  const int64_t rows = row_end - row_begin;
-  if (rows <= 0) return;
-  const int64_t tiles = (rows + MostRows - 1) / MostRows;
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const S* weights = packed + panel * panel_size;
-    int64_t row = row_begin;
+FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, int64_t a_step, const S* packed,
+                         int64_t panel_size, int64_t k, Epilogue epilogue, bool from_end = false) {
+  if (rows.size() <= 0) return;
+  if (rows.size() == 1) {
+    product_of_row<S, NV>(rows.begin, panels, row_at, a_step, packed, panel_size, k, epilogue,
+                          from_end);
+    return;
+  }
+  const int64_t tiles = (rows.size() + MostRows - 1) / MostRows;
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    int64_t row = rows.begin;
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t height = rows * (t + 1) / tiles - rows * t / tiles;
+      const int64_t height = rows.size() * (t + 1) / tiles - rows.size() * t / tiles;
       with_height<MostRows>(height, [&](auto r) __attribute__((always_inline)) {
-        multiply_rows<S, NV, decltype(r)::value>(row, panel, row_at, a_step, weights, k, epilogue);
+        multiply_rows<S, NV, decltype(r)::value, 1>(row, panel, row_at, a_step, packed, panel_size,
+                                                    k, epilogue);
       });
       row += height;
     }

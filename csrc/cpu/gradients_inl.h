@@ -120,8 +120,8 @@ class ChunkGradients {
       put_tile(tile, panel, n, !d_.chunk.first, [&](int r) { return to + (row + r) * n; });
     };
     product<S, kChunkVectors>(
-        rows.begin, rows.end, panels.begin, panels.end, [&](int64_t r) { return columns_ + r; },
-        kGradientRows, args_.panels[which], rows_ * kWidth, rows_, epilogue);
+        rows, panels, [&](int64_t r) { return columns_ + r; }, kGradientRows, args_.panels[which],
+        rows_ * kWidth, rows_, epilogue);
   }
 
   template <int R, int NV, class RowAt>
@@ -188,9 +188,9 @@ class ChunkGradients {
           return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
         });
       };
-      product<S, kChunkVectors>(
-          rows.begin, rows.end, 0, panel_count<S>(sizes_.input, kChunkVectors), row_at, 1,
-          d_.packed.input + k * kWidth, all * kWidth, std::min(kBlockK, all - k), epilogue);
+      product<S, kChunkVectors>(rows, Range{0, panel_count<S>(sizes_.input, kChunkVectors)}, row_at,
+                                1, d_.packed.input + k * kWidth, all * kWidth,
+                                std::min(kBlockK, all - k), epilogue);
     }
   }
 
