@@ -12,8 +12,8 @@ using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::T
 
 template <class S>
 void run_forward(const Layer& layer, const ScheduleStorage& storage, const LayerInputs& in,
-                 at::Tensor& y, at::Tensor& h_n, at::Tensor& c_n, at::Tensor& gates,
-                 at::Tensor& cells) {
+                 const at::Tensor& y, const at::Tensor& h_n, const at::Tensor& c_n,
+                 const at::Tensor& gates, const at::Tensor& cells) {
   const Sizes& sizes = layer.sizes;
   const Schedule& schedule = storage.view;
   const bool save = gates.numel() > 0;
@@ -142,18 +142,21 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
       h_n.zero_();
     }
   }
-  at::Tensor c_n = at::empty({0}, exact);
-  if (lstm) c_n = at::empty({directions, layer.batch, sizes.hidden}, exact);
-  at::Tensor gates = at::empty({0}, x.options());
-  at::Tensor cells = at::empty({0}, exact);
-  if (save && (lstm || layer.cell == Cell::kGru)) {
-    gates = empty_tensor({layer.rows, directions, 4 * sizes.hidden_padded()}, x.options());
-    if (lstm) cells = empty_tensor({layer.rows, directions, sizes.hidden_padded()}, exact);
+  const bool save_gates = save && saved_blocks(layer.cell) > 1, save_cells = save && lstm;
+  const auto empty_where = [](bool wanted, at::IntArrayRef shape,
+                              const at::TensorOptions& options) {
+    return wanted ? empty_tensor(shape, options) : at::empty({0}, options);
+  };
+  const at::Tensor c_n = empty_where(lstm, {directions, layer.batch, sizes.hidden}, exact);
+  const at::Tensor gates =
+      empty_where(save_gates, {layer.rows, directions, 4 * sizes.hidden_padded()}, x.options());
+  const at::Tensor cells =
+      empty_where(save_cells, {layer.rows, directions, sizes.hidden_padded()}, exact);
+  if (storage.padded) {
     // What no step reaches: the same call gives the same tensors.
     const int64_t valid = storage.view.row0[storage.view.steps];
-    for (at::Tensor* saved : {&gates, &cells}) {
-      if (saved->numel() > 0) saved->narrow(0, valid, layer.rows - valid).zero_();
-    }
+    if (save_gates) gates.narrow(0, valid, layer.rows - valid).zero_();
+    if (save_cells) cells.narrow(0, valid, layer.rows - valid).zero_();
   }
   with_scalar(layer,
               [&]<class S>() { run_forward<S>(layer, storage, in, y, h_n, c_n, gates, cells); });

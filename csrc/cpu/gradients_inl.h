@@ -90,8 +90,10 @@ class ChunkGradients {
 
   // Copies `width` columns of `from`, over all rows of the chunk, to this thread's scratch.
   void take_columns(const S* from, int64_t stride, int64_t width) const {
-    for (int64_t row = 0; row < rows_; ++row) {
-      std::copy(from + row * stride, from + row * stride + width, columns_ + row * kGradientRows);
+    constexpr int64_t ahead = 16, line = 64 / sizeof(S);
+    for (int64_t row = 0; row < rows_; ++row, from += stride) {
+      for (int64_t i = 0; i < width; i += line) fetch_to_read(from + ahead * stride + i);
+      std::copy(from, from + width, columns_ + row * kGradientRows);
     }
   }
 
