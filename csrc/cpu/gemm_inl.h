@@ -30,20 +30,19 @@ FUSEDRNN_HD void multiply(Tile<S, R, Width>& tile, const S* const (&a)[R], int64
   // A sum waits for its last addition: short tiles use several sets of sums to hide that.
   constexpr int sets = R * Width >= 8 ? 1 : R * Width >= 4 ? 2 : 4;
   constexpr int lanes = kLanes<S>;
-  Vec<S> sum[sets][R][Width] = {};
-  auto step = [&](Vec<S>(&s)[R][Width], int64_t at, const S* columns)
-                  __attribute__((always_inline)) {
-                    Vec<S> b[Width];
+  using Sums = Vec<S>[R][Width];
+  Sums sum[sets] = {};
+  const auto step = [&](Sums& s, int64_t at, const S* b) __attribute__((always_inline)) {
+    Vec<S> right[Width];
 #pragma GCC unroll 8
-                    for (int v = 0; v < Width; ++v)
-                      b[v] = load(columns + v / NV * panel_size + v % NV * lanes);
+    for (int v = 0; v < Width; ++v) right[v] = load(b + v / NV * panel_size + v % NV * lanes);
 #pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) {
-                      const Vec<S> left = broadcast(a[r][at]);
+    for (int r = 0; r < R; ++r) {
+      const Vec<S> left = broadcast(a[r][at]);
 #pragma GCC unroll 8
-                      for (int v = 0; v < Width; ++v) s[r][v] += left * b[v];
-                    }
-                  };
+      for (int v = 0; v < Width; ++v) s[r][v] += left * right[v];
+    }
+  };
   int64_t i = 0;
   for (; i + sets <= k; i += sets) {
 #pragma GCC unroll 4
