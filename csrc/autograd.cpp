@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 namespace fusedrnn {
@@ -114,6 +115,7 @@ variable_list composed_gradients(const Saved& s, const variable_list& cotangents
   }
 }
 
+// x, h0, c0 and params are arguments of their own, beside `in`, as autograd sees direct ones alone.
 class LayerNode : public torch::autograd::Function<LayerNode> {
  public:
   static variable_list forward(AutogradContext* ctx, const std::string& mode, const at::Tensor& x,
@@ -143,14 +145,12 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const auto defined = [](const at::Tensor& t) { return t.defined(); };
     const Saved saved{ctx->saved_data["mode"].toStringRef(), ctx->saved_data["has_biases"].toBool(),
                       ctx->saved_data["bidirectional"].toBool(), ctx->get_saved_variables()};
     // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional.
     variable_list result(saved.params().size() + 7);
-    if (std::none_of(cotangents.begin(), cotangents.end(),
-                     [](const at::Tensor& t) { return t.defined(); })) {
-      return result;
-    }
+    if (std::none_of(cotangents.begin(), cotangents.end(), defined)) return result;
     std::vector<bool> wanted;
     size_t edge = 0;  // absent states have none
     const auto ask = [&](const at::Tensor& t) {
