@@ -1,6 +1,6 @@
 """Time fusedrnn against torch.nn, ONNX Runtime and OpenVINO, and report the ratios.
 
-    python -m bench.compare                                  # all of it, under a quarter of an hour
+    python -m bench.compare                                  # all of it, some twenty minutes
     python -m bench.compare --quick
     python -m bench.compare --cells gru --mode training --shapes 1,100,64,64 8,100,128,128
 
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from . import machine, peers, report
-from .shapes import CELLS, MODES, QUICK_SHAPES, SHAPES, Shape
+from .modes import MODES, Mode
+from .shapes import CELLS, QUICK_SHAPES, Shape
 from .timing import Call, paired, ratio
 
 FLOOR = 0.95  # a shape that reads below is timed again: identical code can read 0.92
@@ -58,8 +59,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.peers = installed
     elif missing := sorted(set(args.peers) - set(installed)):
         parser.error(f"not installed: {', '.join(missing)} (and onnx, which both need)")
-    if args.shapes is None:
-        args.shapes = list(QUICK_SHAPES if args.quick else SHAPES)
     if args.quick:
         args.rounds, args.seconds = min(args.rounds, 5), min(args.seconds, 2.0)
     if args.rounds < 1 or args.threads < 1 or args.seconds <= 0:
@@ -81,7 +80,7 @@ def measure(
         {name: ratio(seconds, name, peers.FUSED) for name in others},
         len(seconds[peers.FUSED]),
     )
-    if result.ratios[peers.TORCH] < FLOOR and result.rounds < RETIME_ROUNDS:
+    if result.ratios.get(peers.TORCH, 1.0) < FLOOR and result.rounds < RETIME_ROUNDS:
         pair = {name: calls[name] for name in (peers.TORCH, peers.FUSED)}
         # The same time a round, for two instead of all: this reading decides.
         again = paired(pair, RETIME_ROUNDS, bound * RETIME_ROUNDS / rounds)
@@ -89,6 +88,16 @@ def measure(
         result.seconds |= {name: statistics.median(values) for name, values in again.items()}
         result.rounds, result.retimed = len(again[peers.FUSED]), True
     return result
+
+
+def shapes_of(mode: Mode, args: argparse.Namespace) -> list[Shape]:
+    """Those asked for, or the mode's own; a quick look takes those it shares with QUICK_SHAPES, or
+    its first two."""
+    if args.shapes is not None:
+        return args.shapes
+    if args.quick:
+        return [s for s in mode.shapes if s in QUICK_SHAPES] or list(mode.shapes[:2])
+    return list(mode.shapes)
 
 
 def progress(done: int, total: int, started: float, result: report.Result) -> None:
@@ -107,15 +116,19 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)  # fails now, not after the measurement
     torch.set_num_threads(args.threads)
     header = machine.describe(args.threads, args.peers)
-    jobs = [(m, c, s) for m in args.modes for c in args.cells for s in args.shapes]
+    jobs = [
+        (m, c, s)
+        for m in args.modes
+        for c in args.cells
+        if c in MODES[m].goals
+        for s in shapes_of(MODES[m], args)
+    ]
     results: list[report.Result] = []
     load = machine.OtherLoad()
     started = time.monotonic()
     for mode, cell, shape in jobs:
-        if mode == "forward":
-            calls = peers.forward_calls(cell, shape, args.peers, args.threads)
-        else:
-            calls = peers.training_calls(cell, shape)
+        also = (args.peers, args.threads) if MODES[mode].with_peers else ()
+        calls = MODES[mode].calls(cell, shape, *also)
         results.append(measure(cell, mode, shape, calls, args.rounds, args.seconds))
         progress(len(results), len(jobs), started, results[-1])
     header["other load"] = f"{load.share():.0%} of the machine's time went to other processes"
@@ -124,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     print(report.markdown(header, results))
     paths = report.save(header, results, args.out, args.stem)
     print("written:", ", ".join(p.name for p in paths), "under", args.out)
-    low = [r for r in results if r.ratios[peers.TORCH] < FLOOR]
+    low = [r for r in results if r.ratios.get(peers.TORCH, 1.0) < FLOOR]
     if low:
         print(f"{len(low)} of {len(results)} below {FLOOR} of torch.nn, confirmed by re-timing")
     return 1 if args.check and low else 0

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .modes import BEST, MODES, Goal
 from .peers import FUSED, TORCH
 from .shapes import Shape
 
@@ -24,6 +25,10 @@ class Result:
     ratios: dict[str, float]  # median over rounds of its time / fusedrnn's time
     rounds: int
     retimed: bool = False
+
+
+# The modes of the picture.
+DRAWN = ("forward", "training")
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -50,40 +55,54 @@ def milliseconds(seconds: float) -> str:
 
 def group_table(mode: str, cell: str, results: list[Result]) -> list[str]:
     peers = peers_of(results)
+    names = [*peers[:1], FUSED]
     lines = [
         f"### {cell.upper()}, {mode}",
         "",
         "| B,T,I,H | "
-        + " | ".join([f"{TORCH} ms", f"{FUSED} ms", *(f"{p} / {FUSED}" for p in peers)])
+        + " | ".join([*(f"{name} ms" for name in names), *(f"{p} / {FUSED}" for p in peers)])
         + " |",
-        "|:--" + "|--:" * (2 + len(peers)) + "|",
+        "|:--" + "|--:" * (len(names) + len(peers)) + "|",
     ]
     for r in results:
         cells = [f"{r.shape}{' *' if r.retimed else ''}"]
-        cells += [milliseconds(r.seconds[TORCH]), milliseconds(r.seconds[FUSED])]
+        cells += [milliseconds(r.seconds[name]) for name in names]
         cells += [f"{r.ratios[p]:.2f}" if p in r.ratios else "-" for p in peers]
         lines.append("| " + " | ".join(cells) + " |")
     means = [f"**{geometric_mean(r.ratios[p] for r in results):.2f}**" for p in peers]
     lines.append("| **geometric mean** | | | " + " | ".join(means) + " |")
-    worst = min(results, key=lambda r: r.ratios[TORCH])
-    lines += ["", f"Worst shape against {TORCH}: {worst.shape} at {worst.ratios[TORCH]:.2f}.", ""]
-    return lines
+    return [*lines, ""]
+
+
+def against(result: Result, goal: Goal) -> float | None:
+    """The ratio that a goal speaks of; None where that contestant took no part."""
+    return min(result.ratios.values()) if goal.against == BEST else result.ratios.get(goal.against)
+
+
+def reached(value: float, goal: float | None) -> str:
+    """A figure, bold where it falls short, and what it should be."""
+    if goal is None:
+        return f"{value:.2f}"
+    return f"{value:.2f} ({goal:.2f})" if value >= goal else f"**{value:.2f}** ({goal:.2f})"
 
 
 def summary(results: list[Result]) -> list[str]:
-    """One line a group: the numbers to quote."""
+    """One line for each goal: the numbers to quote."""
     lines = [
-        f"| | geometric mean, {TORCH} / {FUSED} | worst shape | shapes where a peer is quicker |",
-        "|:--|--:|--:|--:|",
+        f"| | time of ... / time of {FUSED} | geometric mean (goal) | worst shape (goal) | |",
+        "|:--|:--|--:|--:|:--|",
     ]
     for (mode, cell), members in groups(results).items():
-        worst = min(members, key=lambda r: r.ratios[TORCH])
-        beaten = sum(min(r.ratios.values()) < 1 for r in members)
-        mean = geometric_mean(r.ratios[TORCH] for r in members)
-        lines.append(
-            f"| {cell.upper()}, {mode} | {mean:.2f} | {worst.ratios[TORCH]:.2f} at {worst.shape} "
-            f"| {beaten} of {len(members)} |"
-        )
+        for goal in MODES[mode].goals[cell]:
+            found = {r.shape: v for r in members if (v := against(r, goal)) is not None}
+            if not found:
+                continue
+            worst = min(found, key=lambda shape: found[shape])
+            mean = geometric_mean(found.values())
+            lines.append(
+                f"| {cell.upper()}, {mode} | {goal.against} | {reached(mean, goal.mean)} "
+                f"| {reached(found[worst], goal.worst)} | at {worst} |"
+            )
     return lines
 
 
@@ -93,6 +112,7 @@ def markdown(header: dict[str, str], results: list[Result]) -> str:
     lines += [
         "",
         "Ratios are medians over paired, interleaved rounds; above 1, fusedrnn is the faster one.",
+        f"In brackets the project's goals, bold what falls short of them; {BEST}: shape by shape.",
         "",
         *summary(results),
         "",
@@ -105,13 +125,14 @@ def markdown(header: dict[str, str], results: list[Result]) -> str:
 
 
 def picture(header: dict[str, str], results: list[Result], path: Path) -> None:
-    """One panel a cell and mode; a dot for each peer at each shape, on a logarithmic axis."""
+    """One panel a cell and mode of whole layers; a dot for each peer at each shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, NullLocator
 
+    results = [r for r in results if r.mode in DRAWN]
     found = groups(results)
     modes = list(dict.fromkeys(mode for mode, _ in found))
     cells = list(dict.fromkeys(cell for _, cell in found))
@@ -193,6 +214,8 @@ def save(header: dict[str, str], results: list[Result], out: Path, stem: str) ->
         import matplotlib  # noqa: F401
     except ImportError:
         print("matplotlib is not installed: no picture")
+        return paths
+    if not any(r.mode in DRAWN for r in results):
         return paths
     paths.append(out / f"{stem}.png")
     picture(header, results, paths[-1])

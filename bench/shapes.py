@@ -53,4 +53,3 @@ QUICK_SHAPES = tuple(
 )
 
 CELLS = ("lstm", "gru", "rnn")
-MODES = ("forward", "training")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, machine, peers, report, timing
+from bench import cases, compare, machine, modes, peers, report, timing
 from bench.shapes import CELLS, SHAPES, Shape
 
 SMALL = Shape(3, 7, 5, 4)
@@ -100,6 +100,33 @@ def test_a_wrong_fused_module_is_refused(which: str, parameter: str, monkeypatch
         getattr(peers, f"{which}_calls")("gru", SMALL, *arguments)
 
 
+EXTRA = [
+    (name, cell)
+    for name, mode in modes.MODES.items()
+    if name not in ("forward", "training")
+    for cell in mode.goals
+]
+
+
+@pytest.mark.parametrize(("mode", "cell"), EXTRA)
+def test_other_modes_are_checked_too(cell: str, mode: str, monkeypatch) -> None:
+    how = modes.MODES[mode]
+    calls = how.calls(cell, SMALL)
+    wanted = {goal.against for goal in how.goals[cell]} | {peers.FUSED}
+    assert set(calls) == wanted
+    honest = cases.fusedrnn.convert
+
+    def wrong(module):
+        fused = honest(module)
+        with torch.no_grad():
+            next(fused.parameters()).mul_(3.0)
+        return fused
+
+    monkeypatch.setattr(cases.fusedrnn, "convert", wrong)
+    with pytest.raises(peers.WrongResult, match="fusedrnn, "):
+        how.calls(cell, SMALL)
+
+
 def test_nan_and_missing_results_are_refused() -> None:
     good = [torch.zeros(3)]
     with pytest.raises(peers.WrongResult, match="away"):
@@ -150,13 +177,41 @@ def test_report() -> None:
     text = report.markdown({"cpu": "a processor"}, results_of(4.0, 1.0, 0.5))
     assert "- cpu: a processor" in text
     assert "**1.26**" in text, "the geometric mean"
-    assert f"Worst shape against torch.nn: {SHAPES[2]} at 0.50." in text
-    assert "| 1 of 3 |" in text, "one shape where torch.nn is quicker"
+    assert f"| **0.50** (0.95) | at {SHAPES[2]} |" in text, "the worst shape, short of its goal"
+    assert "| **1.26** (2.10) |" in text, "the mean, short of its goal"
+
+
+def test_summary_takes_the_quickest_peer() -> None:
+    ratios = {"torch.nn": 3.0, "OpenVINO": 2.5, "ONNX Runtime": 4.0}
+    seconds = dict.fromkeys([*ratios, "fusedrnn"], 1e-3)
+    text = "\n".join(report.summary([report.Result("gru", "forward", SMALL, seconds, ratios, 9)]))
+    assert f"| the quickest peer | 2.50 (2.10) | 2.50 (0.95) | at {SMALL} |" in text
+
+
+def test_summary_has_a_line_for_each_goal() -> None:
+    ratios = {cases.PACKED: 2.0, cases.DENSE: 1.5}
+    seconds = dict.fromkeys([*ratios, "fusedrnn"], 1e-3)
+    lines = report.summary([report.Result("gru", "uniform-lengths", SMALL, seconds, ratios, 9)])
+    assert [line.split("|")[2].strip() for line in lines[2:]] == [cases.DENSE, cases.PACKED]
+    assert "**1.50** (1.67)" in lines[2]
+    assert "2.00 (1.00)" in lines[3]
 
 
 def test_the_program(tmp_path: Path, capsys) -> None:
     threads = torch.get_num_threads()
-    options = ["--shapes", str(SMALL), "--rounds", "3", "--seconds", "0.2", "--threads", "1"]
+    options = [
+        "--mode",
+        "forward",
+        "training",
+        "--shapes",
+        str(SMALL),
+        "--rounds",
+        "3",
+        "--seconds",
+        "0.2",
+        "--threads",
+        "1",
+    ]
     try:
         assert compare.main([*options, "--out", str(tmp_path)]) == 0
     finally:

@@ -1,0 +1,175 @@
+"""Contestants beyond a plain layer: cells, stacks, rows of different length, bfloat16.
+
+As in peers.py, each is a call without arguments, and its results have been compared with
+torch.nn's in float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import fusedrnn
+
+from .peers import FUSED, TOLERANCE, TORCH, check, make_input
+from .shapes import Shape
+from .timing import Call
+
+DENSE = "fusedrnn, no lengths"
+PACKED = "torch.nn, packed"
+FLOAT32 = "fusedrnn, float32"
+TORCH_HALF = "torch.nn, bfloat16"
+
+# bfloat16 has 8 bits: results in (-1, 1) are rounded by 2^-9 at every step.
+HALF_TOLERANCE = 0.05
+
+LAYERS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
+
+# Runs a module: its results, the first of which takes the gradient in training.
+Run = Callable[[nn.Module], Sequence[Tensor]]
+
+
+def flat(results: Sequence[Tensor]) -> list[Tensor]:
+    return [r.detach().double().flatten() for r in results]
+
+
+def copied(module: nn.Module, fused: bool = True, dtype: torch.dtype | None = None) -> nn.Module:
+    """Its own weights, so that nobody finds another's gradients; in dtype, unless None."""
+    module = copy.deepcopy(module).to(dtype)
+    return fusedrnn.convert(module) if fused else module
+
+
+def inference(module: nn.Module, run: Run) -> Call:
+    def call() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return run(module)
+
+    return call
+
+
+def step(module: nn.Module, run: Run, inputs: Sequence[Tensor]) -> Call:
+    """Forward, and backward to all parameters and `inputs`, from a gradient of ones' size."""
+    seed = torch.Generator().manual_seed(2)
+    shape = run(module)[0].shape
+    gradient = torch.randn(shape, generator=seed).to(next(module.parameters()).dtype)
+    leaves = [*(x for x in inputs if x.requires_grad), *module.parameters()]
+
+    def call() -> list[Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        output = run(module)[0]
+        output.backward(gradient)
+        return [output, *(leaf.grad for leaf in leaves)]
+
+    return call
+
+
+def checked(
+    what: str, calls: dict[str, Call], expected: Call, tolerance: float = TOLERANCE
+) -> dict[str, Call]:
+    right = flat(expected())
+    for name, call in calls.items():
+        check(f"{name}, {what}", flat(call()), right, tolerance)
+    return calls
+
+
+def leaf(shape: Sequence[int], seed: int, dtype: torch.dtype, grad: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).requires_grad_(grad)
+
+
+# ---- cells: one step ----------------------------------------------------------------------------
+
+
+def cell_calls(cell: str, shape: Shape, train: bool) -> dict[str, Call]:
+    torch.manual_seed(0)
+    module = CELLS[cell](shape.input_size, shape.hidden_size)
+
+    def contestant(module: nn.Module) -> Call:
+        dtype = next(module.parameters()).dtype
+        x = leaf((shape.batch, shape.input_size), 1, dtype, train)
+        h, c = (leaf((shape.batch, shape.hidden_size), seed, dtype, train) for seed in (3, 4))
+        state = (h, c) if cell == "lstm" else h
+        inputs = [x, h, c] if cell == "lstm" else [x, h]
+
+        def run(m: nn.Module) -> Sequence[Tensor]:
+            result = m(x, state)
+            return result if cell == "lstm" else (result,)
+
+        return step(module, run, inputs) if train else inference(module, run)
+
+    calls = {TORCH: contestant(copied(module, False)), FUSED: contestant(copied(module))}
+    exact = contestant(copied(module, False, torch.float64))
+    return checked(f"{cell} cell {shape}", calls, exact)
+
+
+# ---- layers -------------------------------------------------------------------------------------
+
+
+def layer_call(
+    module: nn.Module,
+    shape: Shape,
+    train: bool,
+    lengths: Tensor | None = None,
+    packed: bool = False,
+) -> Call:
+    """The module over its input: as it is, with `lengths`, or packed as torch.nn wants them."""
+    dtype = next(module.parameters()).dtype
+    x = make_input(shape).to(dtype).requires_grad_(train)
+
+    def run(m: nn.Module) -> Sequence[Tensor]:
+        if packed:
+            data = pack_padded_sequence(x, lengths, enforce_sorted=False)
+            output, state = m(data)
+            output = pad_packed_sequence(output, total_length=shape.steps)[0]
+        elif lengths is not None:
+            output, state = m(x, lengths=lengths)
+        else:
+            output, state = m(x)
+        return [output, *(state if isinstance(state, tuple) else [state])]
+
+    return step(module, run, [x]) if train else inference(module, run)
+
+
+def bidirectional_training(cell: str, shape: Shape) -> dict[str, Call]:
+    torch.manual_seed(0)
+    module = LAYERS[cell](shape.input_size, shape.hidden_size, num_layers=2, bidirectional=True)
+    calls = {
+        TORCH: layer_call(copied(module, False), shape, True),
+        FUSED: layer_call(copied(module), shape, True),
+    }
+    exact = layer_call(copied(module, False, torch.float64), shape, True)
+    return checked(f"bidirectional {cell} {shape}", calls, exact)
+
+
+def ragged_calls(cell: str, shape: Shape, train: bool, uniform: bool) -> dict[str, Call]:
+    torch.manual_seed(0)
+    module = LAYERS[cell](shape.input_size, shape.hidden_size)
+    if uniform:  # one row of every length there is, as evenly as can be
+        lengths = torch.linspace(1, shape.steps, shape.batch).round().long()
+        lengths = lengths[torch.randperm(shape.batch)]
+    else:
+        lengths = torch.full((shape.batch,), shape.steps)
+    calls = {FUSED: layer_call(copied(module), shape, train, lengths)}
+    if uniform:
+        calls[PACKED] = layer_call(copied(module, False), shape, train, lengths, packed=True)
+    exact = layer_call(copied(module, False, torch.float64), shape, train, lengths, packed=True)
+    checked(f"ragged {cell} {shape}", calls, exact)
+    return calls | {DENSE: layer_call(copied(module), shape, train)}
+
+
+def half_calls(cell: str, shape: Shape, train: bool) -> dict[str, Call]:
+    torch.manual_seed(0)
+    module = LAYERS[cell](shape.input_size, shape.hidden_size)
+    calls = {
+        FUSED: layer_call(copied(module, True, torch.bfloat16), shape, train),
+        TORCH_HALF: layer_call(copied(module, False, torch.bfloat16), shape, train),
+        FLOAT32: layer_call(copied(module), shape, train),
+    }
+    exact = layer_call(copied(module, False, torch.float64), shape, train)
+    return checked(f"bfloat16 {cell} {shape}", calls, exact, HALF_TOLERANCE)

@@ -1,0 +1,106 @@
+"""What is compared with whom, and what it should reach: one Mode for each line of the summary.
+
+A mode's calls are its contestants; every ratio is a contestant's time / fusedrnn's. Where fusedrnn
+meets another form of itself (dense rows, float32), that form is a contestant like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from . import cases, peers
+from .shapes import CELLS, SHAPES, Shape
+from .timing import Call
+
+BEST = "the quickest peer"  # shape by shape
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Ratios to reach: the geometric mean over the shapes, and the worst shape."""
+
+    against: str  # a contestant, or BEST
+    mean: float | None
+    worst: float
+
+
+@dataclass(frozen=True)
+class Mode:
+    shapes: tuple[Shape, ...]
+    calls: Callable[..., dict[str, Call]]  # (cell, shape), and (peers, threads) where it says so
+    goals: dict[str, tuple[Goal, ...]]  # by cell: the cells that take part
+    with_peers: bool = False  # other runtimes than torch take part
+
+
+def shapes(*texts: str) -> tuple[Shape, ...]:
+    return tuple(Shape.parse(text) for text in texts)
+
+
+ONE_STEP = shapes(*(f"{b},1,{h},{h}" for b in (1, 8, 64) for h in (64, 256, 512)), "3,1,100,200")
+RAGGED = shapes("32,100,128,128", "64,200,64,256", "32,50,256,256", "128,100,256,256")
+STACKED = shapes(
+    "1,100,64,64", "1,100,256,256", "8,100,128,128", "32,50,256,256", "32,100,512,512",
+    "16,500,128,64",
+)  # fmt: skip
+HALF = shapes(
+    "1,1,64,64", "1,100,64,64", "1,100,256,256", "1,100,512,512", "8,100,128,128",
+    "32,50,256,256", "32,100,512,512", "16,500,128,64",
+)  # fmt: skip
+
+
+def same(goal: Goal, cells: tuple[str, ...] = CELLS) -> dict[str, tuple[Goal, ...]]:
+    return dict.fromkeys(cells, (goal,))
+
+
+GATED = ("lstm", "gru")
+ONE_STEP_GOALS = same(Goal(peers.TORCH, 2.5, 1.3))
+EQUAL_GOALS = same(Goal(cases.DENSE, None, 1 / 1.1), GATED)
+UNIFORM_GOALS = dict.fromkeys(
+    GATED, (Goal(cases.DENSE, None, 1 / 0.6), Goal(cases.PACKED, None, 1.0))
+)
+HALF_GOALS = dict.fromkeys(
+    GATED, (Goal(cases.FLOAT32, None, 1 / 1.1), Goal(cases.TORCH_HALF, None, 1.0))
+)
+
+MODES = {
+    "forward": Mode(
+        SHAPES,
+        peers.forward_calls,
+        {
+            "lstm": (Goal(BEST, 1.6, 0.95),),
+            "gru": (Goal(BEST, 2.1, 0.95),),
+            "rnn": (Goal(BEST, 1.6, 0.95),),
+        },
+        with_peers=True,
+    ),
+    "training": Mode(
+        SHAPES,
+        peers.training_calls,
+        {
+            "lstm": (Goal(peers.TORCH, 2.2, 1.15),),
+            "gru": (Goal(peers.TORCH, 7.0, 1.4),),
+            "rnn": (Goal(peers.TORCH, 4.0, 1.2),),
+        },
+    ),
+    "cell-forward": Mode(ONE_STEP, partial(cases.cell_calls, train=False), ONE_STEP_GOALS),
+    "cell-training": Mode(ONE_STEP, partial(cases.cell_calls, train=True), ONE_STEP_GOALS),
+    "bidirectional-training": Mode(
+        STACKED, cases.bidirectional_training, same(Goal(peers.TORCH, 2.0, 1.1), GATED)
+    ),
+    "equal-lengths": Mode(
+        RAGGED, partial(cases.ragged_calls, train=False, uniform=False), EQUAL_GOALS
+    ),
+    "equal-lengths-training": Mode(
+        RAGGED, partial(cases.ragged_calls, train=True, uniform=False), EQUAL_GOALS
+    ),
+    "uniform-lengths": Mode(
+        RAGGED, partial(cases.ragged_calls, train=False, uniform=True), UNIFORM_GOALS
+    ),
+    "uniform-lengths-training": Mode(
+        RAGGED, partial(cases.ragged_calls, train=True, uniform=True), UNIFORM_GOALS
+    ),
+    "bfloat16": Mode(HALF, partial(cases.half_calls, train=False), HALF_GOALS),
+    "bfloat16-training": Mode(HALF, partial(cases.half_calls, train=True), HALF_GOALS),
+}
