@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
 
-from .peers import FUSED, TOLERANCE, TORCH, check, make_input
+from .peers import FUSED, PEERS, TOLERANCE, TORCH, check, make_input, onnx_model, onnxruntime_call
 from .shapes import Shape
 from .timing import Call
 
@@ -23,6 +23,8 @@ DENSE = "fusedrnn, no lengths"
 PACKED = "torch.nn, packed"
 FLOAT32 = "fusedrnn, float32"
 TORCH_HALF = "torch.nn, bfloat16"
+
+LAYER = "fusedrnn, layer"
 
 # bfloat16 has 8 bits: results in (-1, 1) are rounded by 2^-9 at every step.
 HALF_TOLERANCE = 0.05
@@ -173,3 +175,49 @@ def half_calls(cell: str, shape: Shape, train: bool) -> dict[str, Call]:
     }
     exact = layer_call(copied(module, False, torch.float64), shape, train)
     return checked(f"bfloat16 {cell} {shape}", calls, exact, HALF_TOLERANCE)
+
+
+# ---- streams ------------------------------------------------------------------------------------
+
+
+def stream_step(cell: str, shape: Shape, peers: Sequence[str], threads: int) -> dict[str, Call]:
+    """One step after another. The state that each keeps, or does not, costs all of them little."""
+    torch.manual_seed(0)
+    module = LAYERS[cell](shape.input_size, shape.hidden_size)
+    x = make_input(shape)
+    stream = fusedrnn.Stream(copied(module), batch_size=shape.batch)
+
+    def first_step() -> Sequence[Tensor]:
+        stream.reset()
+        return [stream.step(x[0])]
+
+    def alone(call: Call) -> Call:
+        return lambda: [torch.as_tensor(call()[0]).reshape(shape.steps, shape.batch, -1)[0]]
+
+    torch_call = layer_call(copied(module, False), shape, False)
+    peer_calls = {TORCH: torch_call, LAYER: layer_call(copied(module), shape, False)}
+    if "onnxruntime" in peers:
+        model = onnx_model(cell, module, shape)
+        peer_calls[PEERS["onnxruntime"]] = onnxruntime_call(model, x.numpy(), threads)
+    exact = alone(layer_call(copied(module, False, torch.float64), shape, False))
+    checked(f"stream {cell} {shape}", {n: alone(c) for n, c in peer_calls.items()}, exact)
+    checked(f"stream {cell} {shape}", {FUSED: first_step}, exact)
+    step = x[0]
+    return {FUSED: lambda: stream.step(step), **peer_calls}
+
+
+def stream_narrow(cell: str, shape: Shape, weights: torch.dtype) -> dict[str, Call]:
+    """A run with narrow weights against our own float32 layer."""
+    torch.manual_seed(0)
+    module = LAYERS[cell](shape.input_size, shape.hidden_size)
+    x = make_input(shape)
+    stream = fusedrnn.Stream(copied(module), weights=weights, batch_size=shape.batch)
+
+    def from_zeros() -> Sequence[Tensor]:
+        stream.reset()
+        return [stream.run(x)]
+
+    layer = layer_call(copied(module), shape, False)
+    calls = {FUSED: from_zeros, FLOAT32: lambda: layer()[:1]}
+    exact = layer_call(copied(module, False, torch.float64), shape, False)
+    return checked(f"stream {cell} {shape}", calls, lambda: exact()[:1], HALF_TOLERANCE)

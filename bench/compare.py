@@ -70,7 +70,7 @@ def measure(
     cell: str, mode: str, shape: Shape, calls: dict[str, Call], rounds: int, bound: float
 ) -> report.Result:
     """Time the calls; again, torch.nn and fusedrnn alone, if fusedrnn reads slow."""
-    seconds = paired(calls, rounds, bound)
+    seconds = paired(calls, rounds, bound, peers.RESTS)
     others = [name for name in calls if name != peers.FUSED]
     result = report.Result(
         cell,

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from . import cases, peers
 from .shapes import CELLS, SHAPES, Shape
 from .timing import Call
@@ -64,6 +66,9 @@ HALF_GOALS = dict.fromkeys(
     GATED, (Goal(cases.FLOAT32, None, 1 / 1.1), Goal(cases.TORCH_HALF, None, 1.0))
 )
 
+STREAM = shapes(*(f"1,1,{h},{h}" for h in (64, 128, 256, 512)))
+LATENCY = shapes("1,100,256,256", "1,100,512,512", "1,100,1024,1024")
+
 MODES = {
     "forward": Mode(
         SHAPES,
@@ -103,4 +108,15 @@ MODES = {
     ),
     "bfloat16": Mode(HALF, partial(cases.half_calls, train=False), HALF_GOALS),
     "bfloat16-training": Mode(HALF, partial(cases.half_calls, train=True), HALF_GOALS),
+    "stream": Mode(STREAM, cases.stream_step, same(Goal(BEST, None, 1.0)), with_peers=True),
+    "stream-bfloat16": Mode(
+        LATENCY,
+        partial(cases.stream_narrow, weights=torch.bfloat16),
+        same(Goal(cases.FLOAT32, None, 1.6), GATED),
+    ),
+    "stream-int8": Mode(
+        LATENCY,
+        partial(cases.stream_narrow, weights=torch.int8),
+        same(Goal(cases.FLOAT32, None, 2.5), GATED),
+    ),
 }

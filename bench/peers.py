@@ -20,6 +20,9 @@ from .shapes import Shape
 # label -> the package that it needs
 PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 TORCH, FUSED = "torch.nn", "fusedrnn"
+# Seconds to wait after a runtime whose threads go on spinning: version 1.31 was seen to slow the
+# next caller for 50 ms.
+RESTS = {"ONNX Runtime": 0.15}
 
 # Activations lie in (-1, 1). float32 with any reasonable tanh stays far below this over 500 steps;
 # a swapped gate, a missing bias or bfloat16 arithmetic does not.

@@ -4,7 +4,6 @@
 #include <numeric>
 
 namespace fusedrnn {
-namespace {
 
 Cell cell_of(const std::string& mode) {
   if (mode == "LSTM") return Cell::kLstm;
@@ -14,6 +13,8 @@ Cell cell_of(const std::string& mode) {
   TORCH_CHECK_VALUE(false, "mode: expected 'LSTM', 'GRU', 'RNN_TANH' or 'RNN_RELU', got '", mode,
                     "'");
 }
+
+namespace {
 
 void check_like(const char* name, const at::Tensor& t, at::IntArrayRef shape, const at::Tensor& x) {
   TORCH_CHECK_VALUE(t.sizes() == shape, name, ": expected shape ", shape, ", got ", t.sizes());

@@ -14,6 +14,9 @@ namespace fusedrnn {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// By the name that the ops use; throws c10::ValueError for another.
+Cell cell_of(const std::string& mode);
+
 // The tensors of a layer call, as the op's schema has them (ops.cpp).
 struct LayerInputs {
   const at::Tensor& x;

@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "layer.h"
+#include "stream_py.h"
 
 namespace fusedrnn {
 namespace {
@@ -83,6 +84,7 @@ PYBIND11_MODULE(_C, m) {
         "One layer (y, h_n, c_n), recorded for autograd where an input requires grad.");
   m.def("empty_cache", &fusedrnn::empty_cache,
         "Gives the memory kept for the next calls back to the system.");
+  fusedrnn::define_stream(m);
   m.attr("unit_alignment") = fusedrnn::kUnitAlignment;
   m.def("build_info", &fusedrnn::build_info, "Compiler, OpenMP version and whether CUDA is in.");
 }

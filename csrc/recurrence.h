@@ -7,7 +7,9 @@
 // length, longest first; step t holds packed rows [row0[t], row0[t] + rows[t]).
 //
 // S is the type of the arithmetic, float or double. Half precision is widened before and rounded
-// after, chunk by chunk, by the caller. Every pointer lives at least as long as the call.
+// after, chunk by chunk, by the caller. W is what products read: S, or 32-bit words of narrow
+// values that lie one after another in k (cpu/formats_inl.h); a row of n values is then padded to
+// whole words with zeros. Every pointer lives at least as long as the call.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +21,9 @@ inline constexpr int64_t kUnitAlignment = 16;
 inline constexpr int64_t padded(int64_t units) {
   return (units + kUnitAlignment - 1) / kUnitAlignment * kUnitAlignment;
 }
+
+// Rounded up to whole panels of any instruction set (columns of at most 4 vectors of 16 lanes).
+inline constexpr int64_t whole_panels(int64_t columns) { return (columns + 63) / 64 * 64; }
 
 enum class Cell { kLstm, kGru, kRnnTanh, kRnnRelu };
 inline constexpr int kCells = 4;
@@ -70,26 +75,34 @@ struct Sizes {
 };
 
 // One direction's parameters, row-major as torch.nn keeps them, G = gate_blocks.
-template <class S>
+template <class S, class W = S>
 struct Weights {
-  const S* w_ih;  // (G*H, I)
-  const S* w_hh;  // (G*H, P)
+  const W* w_ih;  // (G*H, I)
+  const W* w_hh;  // (G*H, P)
   const S* b_ih;  // (G*H) or null
   const S* b_hh;  // (G*H) or null
-  const S* w_hr;  // (P, H) or null
+  const W* w_hr;  // (P, H) or null
+};
+
+// What turns the sums of 8-bit products into values: (sum - offset) * factor * the row's factor.
+struct ColumnScale {
+  const float* factor;    // (columns), of the weight
+  const int32_t* offset;  // (columns), 128 times the sum of the weight's 8-bit values
 };
 
 // The same, in the order in which the kernels read them; the caller owns the memory, the kernels
 // fill it at the first chunk. A panel is [K][columns of the panel], see cpu/gemm_inl.h. In a
 // forward call too short to pay for it, all but the biases are null and the weights are read as
 // they lie.
-template <class S>
+template <class S, class W = S>
 struct PackedWeights {
-  S* input;       // forward: W_ih by hidden unit; backward: W_ih by input column
-  S* recurrent;   // forward: W_hh by hidden unit; backward: W_hh by output column
-  S* projection;  // forward: W_hr by output column; backward: by hidden unit
+  W* input;       // forward: W_ih by hidden unit; backward: W_ih by input column
+  W* recurrent;   // forward: W_hh by hidden unit; backward: W_hh by output column
+  W* projection;  // forward: W_hr by output column; backward: by hidden unit
   S* bias;        // forward: (G, Hp), b_ih + b_hh where they may be added up
   S* bias_hn;     // forward, GRU: (Hp), b_hn
+  ColumnScale input_scale, recurrent_scale;  // forward, 8-bit weights: columns (G, Hp)
+  ColumnScale projection_scale;              // the same: columns (Pp)
 };
 
 // A range of steps, [begin, end) in time whatever the direction. Chunks are handed to the kernels
@@ -99,12 +112,12 @@ struct Chunk {
   bool first, last;  // in walking order
 };
 
-template <class S>
+template <class S, class W = S>
 struct ForwardDirection {
   bool reverse;
   Chunk chunk;
-  Weights<S> weights;
-  PackedWeights<S> packed;
+  Weights<S, W> weights;
+  PackedWeights<S, W> packed;
   const S* x;  // (io rows, I)
   S* y;        // (io rows, y_stride), this direction's P columns
   int64_t y_stride;
@@ -121,14 +134,18 @@ struct ForwardDirection {
   const uint8_t* reset;  // (N): the state entering the step is zero; or null
 };
 
-template <class S>
+template <class S, class W = S>
 struct ForwardArgs {
   Sizes sizes;
   Schedule schedule;
   int directions;
   bool save;       // keep activated gates (and cells) for backward
   const S* zeros;  // (max(4 Hp, Pp))
-  ForwardDirection<S> direction[2];
+  W* words;        // scratch: per thread, rows of x or of a state in words; unused where W is S
+  int64_t words_stride;
+  S* factors;  // scratch: per thread, the factors of those rows
+  int64_t factors_stride;
+  ForwardDirection<S, W> direction[2];
 };
 
 template <class S>

@@ -1,8 +1,12 @@
 """The compiled extension. Importing it registers the operators ``torch.ops.fusedrnn.*``."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
+import numpy as np
 from torch import Tensor
+
+_Array = TypeVar("_Array", Tensor, np.ndarray)
 
 def cpu_isas() -> list[str]:
     """Instruction sets that are compiled in and that this machine can run, the best one last."""
@@ -29,6 +33,19 @@ def layer(
 
     For eager calls outside ``torch.func`` transforms and forward-mode levels.
     """
+
+class Stream:
+    """What fusedrnn.Stream wraps: layers as (mode, [w_ih, w_hh, b_ih, b_hh, w_hr]), contiguous
+    float32; the format of their weights; the batch size."""
+
+    def __init__(
+        self, layers: Sequence[tuple[str, Sequence[Tensor | None]]], weights: str, batch: int
+    ) -> None: ...
+    def step(self, x: _Array) -> _Array: ...
+    def run(self, x: _Array) -> _Array: ...
+    def get_state(self, layer: int) -> tuple[Tensor, Tensor]: ...
+    def set_state(self, layer: int, h: Tensor | None, c: Tensor | None) -> None: ...
+    def fork(self) -> Stream: ...
 
 def empty_cache() -> None:
     """Give the memory that is kept for the next calls back to the system."""

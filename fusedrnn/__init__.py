@@ -10,6 +10,7 @@ from fusedrnn._ops import _C
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
 from fusedrnn.convert import convert, revert
 from fusedrnn.modules import GRU, LSTM, RNN
+from fusedrnn.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
     "autograd",
     "convert",
     "cpu_isas",

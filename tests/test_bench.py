@@ -43,13 +43,17 @@ def test_rounds_are_interleaved(monkeypatch) -> None:
     order = []
     blocks = {"a": 1.0, "b": 2.0, "c": 4.0}
 
-    def fake_block(call, repeats):
+    rests = []
+
+    def fake_block(call, repeats, rest=None):
         call()
+        rests.append(rest)
         return blocks[order[-1]]
 
     monkeypatch.setattr(timing, "time_block", fake_block)
     calls = {name: (lambda name=name: order.append(name)) for name in blocks}
-    seconds = timing.paired(calls, rounds=3, bound=600.0)
+    seconds = timing.paired(calls, rounds=3, bound=600.0, rests={"b": 0.125})
+    assert [rest == 0.125 for rest in rests[-8:]] == [name == "b" for name in "abcbcaca"]
     assert order[-9:] == list("abcbcacab"), "all in each round, another one first each time"
     assert seconds == {name: [s] * 3 for name, s in blocks.items()}
     assert timing.ratio(seconds, "c", "a") == 4.0
@@ -111,9 +115,10 @@ EXTRA = [
 @pytest.mark.parametrize(("mode", "cell"), EXTRA)
 def test_other_modes_are_checked_too(cell: str, mode: str, monkeypatch) -> None:
     how = modes.MODES[mode]
-    calls = how.calls(cell, SMALL)
-    wanted = {goal.against for goal in how.goals[cell]} | {peers.FUSED}
-    assert set(calls) == wanted
+    also = ([], 1) if how.with_peers else ()
+    calls = how.calls(cell, SMALL, *also)
+    wanted = {goal.against for goal in how.goals[cell]} - {modes.BEST}
+    assert wanted | {peers.FUSED} <= set(calls)
     honest = cases.fusedrnn.convert
 
     def wrong(module):
@@ -124,7 +129,7 @@ def test_other_modes_are_checked_too(cell: str, mode: str, monkeypatch) -> None:
 
     monkeypatch.setattr(cases.fusedrnn, "convert", wrong)
     with pytest.raises(peers.WrongResult, match="fusedrnn, "):
-        how.calls(cell, SMALL)
+        how.calls(cell, SMALL, *also)
 
 
 def test_nan_and_missing_results_are_refused() -> None:
@@ -149,7 +154,7 @@ def test_a_low_reading_is_timed_again(first, second, low, monkeypatch) -> None:
     readings = iter([first, second])
     asked = []
 
-    def fake(calls, rounds, bound):
+    def fake(calls, rounds, bound, rests=None):
         asked.append((list(calls), rounds))
         value = next(readings)
         return {n: [1.0 if n == "fusedrnn" else value] * rounds for n in calls}

@@ -44,7 +44,7 @@ def kernel_objects() -> list[Path]:
     return sorted((ROOT / "build").glob("**/kernels_*.o"))
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_kernel_objects_keep_to_their_namespace(isa: str) -> None:
     objects = [path for path in kernel_objects() if path.stem == f"kernels_{isa}"]
     if not objects:
@@ -67,7 +67,7 @@ def test_the_library_shares_no_kernel_code() -> None:
     """In the library: fusedrnn's weak symbols outside the sets' namespaces are not kernels."""
     kernels = re.compile(
         r"\b(lstm|gru)_(forward|backward)|forward_chunk|backward_chunk|reduced_exp|sigmoid|"
-        r"multiply|transpose|pack_by|\bmap<"
+        r"forward_pack|multiply|transpose|pack_by|write_row|\bmap<"
     )
     for line in symbols(Path(_C.__file__)).splitlines():
         match = WEAK.match(line)
@@ -75,7 +75,7 @@ def test_the_library_shares_no_kernel_code() -> None:
             continue
         name = match[2]
         if kernels.search(name.split("(")[0]):
-            assert re.search(r"fusedrnn::(baseline|avx2|avx512)::", name), name
+            assert re.search(r"fusedrnn::(baseline|avx2|avx512|avx512_bf16)::", name), name
 
 
 def test_the_checks_can_fail() -> None:

@@ -101,8 +101,9 @@ class BackwardChunk {
     const auto row_at = [&](int64_t b) {
       return starting || is_reset(d_.reset, schedule_, u, b) ? zeros_ : dgates_of(u, b);
     };
-    product<S, kStepVectors, MostRows>(rows, own_output_panels_, row_at, 1, d_.packed.recurrent,
-                                       k * kWidth, starting ? 0 : k, epilogue, u % 2 != 0);
+    product<Exact<S>, kStepVectors, MostRows>(rows, own_output_panels_, row_at, 1,
+                                              d_.packed.recurrent, k * kWidth, starting ? 0 : k,
+                                              epilogue, u % 2 != 0);
   }
 
   FUSEDRNN_HD Vec<S> outer_gradient(int64_t t, int64_t b, int64_t unit, bool starting) const {
@@ -258,7 +259,7 @@ class BackwardChunk {
                                                               Range rows) const {
     const int64_t row0 = schedule_.row0[t] - first_row_;
     const auto row_at = [&](int64_t b) { return d_.dh + (row0 + b) * output_; };
-    product<S, kStepVectors, kSideRows>(
+    product<Exact<S>, kStepVectors, kSideRows>(
         rows, own_hidden_panels_, row_at, 1, d_.packed.projection, sizes_.output * kWidth,
         sizes_.output,
         [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {

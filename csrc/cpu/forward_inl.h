@@ -72,16 +72,21 @@ struct CellForward {
   }
 };
 
-template <Cell kCell, class S>
+template <Cell kCell, class S, class F>
 class ForwardChunk {
  public:
-  ForwardChunk(const ForwardArgs<S>& args, const ForwardDirection<S>& direction, const Slot& slot)
+  using Word = typename F::Word;
+
+  ForwardChunk(const ForwardArgs<S, Word>& args, const ForwardDirection<S, Word>& direction,
+               const Slot& slot)
       : sizes_(args.sizes),
         schedule_(args.schedule),
         d_(direction),
         slot_(slot),
         save_(args.save),
         zeros_(args.zeros),
+        words_(args.words + slot.thread * args.words_stride),
+        factors_(args.factors + slot.thread * args.factors_stride),
         hidden_(sizes_.hidden_padded()),
         output_(sizes_.output_padded()),
         panels_(panel_count<S>(hidden_, Panel::blocks)),
@@ -98,14 +103,15 @@ class ForwardChunk {
       const Range r = share(panels.size(), slot_.group, slot_.groups);
       return Range{panels.begin + r.begin, panels.begin + r.end};
     };
-    const Weights<S>& w = d_.weights;
+    const auto& w = d_.weights;
     pack_bias(mine(own_panels_));
     if (d_.packed.input == nullptr) return;
-    pack_by_unit<kGates>(d_.packed.input, w.w_ih, sizes_.hidden, sizes_.input, mine(own_panels_));
-    pack_by_unit<kGates>(d_.packed.recurrent, w.w_hh, sizes_.hidden, sizes_.output,
+    pack_by_unit<kGates>(d_.packed.input, w.w_ih, sizes_.hidden, words_of<F>(sizes_.input),
+                         mine(own_panels_));
+    pack_by_unit<kGates>(d_.packed.recurrent, w.w_hh, sizes_.hidden, words_of<F>(sizes_.output),
                          mine(own_panels_));
     if (sizes_.projected) {
-      pack_by_unit<1>(d_.packed.projection, w.w_hr, sizes_.output, sizes_.hidden,
+      pack_by_unit<1>(d_.packed.projection, w.w_hr, sizes_.output, words_of<F>(sizes_.hidden),
                       mine(own_output_panels_));
     }
   }
@@ -132,7 +138,7 @@ class ForwardChunk {
       });
     };
     multiply_units<kGates>(mine, own_panels_, row_at, d_.packed.input, d_.weights.w_ih,
-                           sizes_.hidden, sizes_.input, epilogue);
+                           d_.packed.input_scale, sizes_.hidden, sizes_.input, epilogue);
   }
 
   void walk() {
@@ -149,23 +155,65 @@ class ForwardChunk {
   using Panel = UnitPanel<kGates>;
   using OutputPanel = UnitPanel<1>;
 
-  // Products with panels of units, packed, or from the weights as they lie.
+  // Products with panels of units, packed, or from the weights as they lie. k counts values.
   template <int Gates, class RowAt, class Epilogue>
-  FUSEDRNN_HD static void multiply_units(Range rows, Range panels, RowAt row_at, const S* packed,
-                                         const S* weights, int64_t units, int64_t k,
-                                         Epilogue epilogue, bool from_end = false) {
+  FUSEDRNN_HD void multiply_units(Range rows, Range panels, RowAt row_at, const Word* packed,
+                                  const Word* weights, const ColumnScale& scale, int64_t units,
+                                  int64_t k, Epilogue epilogue, bool from_end = false) const {
     constexpr int vectors = UnitPanel<Gates>::vectors;
-    if (packed == nullptr) {
-      product_by_unit<Gates, S>(rows, panels, row_at, weights, units, k, epilogue);
+    if constexpr (std::is_same_v<F, Exact<S>>) {
+      if (packed == nullptr) {
+        product_by_unit<Gates, S>(rows, panels, row_at, weights, units, k, epilogue);
+      } else {
+        product<F, vectors>(rows, panels, row_at, 1, packed, k * vectors * kLanes<S>, k, epilogue,
+                            from_end);
+      }
     } else {
-      product<S, vectors>(rows, panels, row_at, 1, packed, k * vectors * kLanes<S>, k, epilogue,
-                          from_end);
+      const int64_t stride = words_of<F>(padded(k)), count = words_of<F>(k);
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const int64_t at = row - rows.begin;
+        factors_[at] = F::write_row(words_ + at * stride, row_at(row), k);
+      }
+      const auto words_at = [&](int64_t row) { return words_ + (row - rows.begin) * stride; };
+      const auto exact = [&]<int R, int NV>(const Tile<typename F::Sum, R, NV>& tile, int64_t row,
+                                            int64_t panel) __attribute__((always_inline)) {
+        if constexpr (std::is_same_v<typename F::Sum, S>) {
+          epilogue(tile, row, panel);
+        } else {
+          epilogue(scaled<Gates>(tile, scale, factors_ + (row - rows.begin), panel, units), row,
+                   panel);
+        }
+      };
+      product<F, vectors>(rows, panels, words_at, 1, packed, count * vectors * kLanes<S>, count,
+                          exact, from_end);
     }
   }
 
+  // The values of 8-bit sums.
+  template <int Gates, int R, int NV>
+  static FUSEDRNN_HD Tile<S, R, NV> scaled(const Tile<int32_t, R, NV>& tile,
+                                           const ColumnScale& scale, const S* factors,
+                                           int64_t panel, int64_t units) {
+    Tile<S, R, NV> values;
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      const int64_t unit = (panel * UnitPanel<Gates>::blocks + v / Gates) * kLanes<S>;
+      const int64_t at = v % Gates * padded(units) + unit;
+      const bool inside = unit < padded(units);
+      const Vec<int32_t> offset = inside ? load(scale.offset + at) : Vec<int32_t>{};
+      const Vec<S> factor = inside ? load(scale.factor + at) : Vec<S>{};
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<S> sum = __builtin_convertvector(tile.sum[r][v] - offset, Vec<S>);
+        values.sum[r][v] = sum * (factor * factors[r]);
+      }
+    }
+    return values;
+  }
+
   // f(r, v, unit) for every vector of the tile that lies within `limit` units.
-  template <int R, int NV, class F>
-  static FUSEDRNN_HD void each(const Tile<S, R, NV>&, int64_t panel, int64_t limit, F f) {
+  template <int R, int NV, class Visit>
+  static FUSEDRNN_HD void each(const Tile<S, R, NV>&, int64_t panel, int64_t limit, Visit f) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -177,7 +225,7 @@ class ForwardChunk {
   }
 
   void pack_bias(Range panels) const {
-    const Weights<S>& w = d_.weights;
+    const auto& w = d_.weights;
     constexpr int64_t width = Panel::blocks * kLanes<S>;
     const auto at = [](const S* bias, int64_t i) { return bias == nullptr ? S(0) : bias[i]; };
     for (int64_t unit = panels.begin * width; unit < std::min(panels.end * width, hidden_);
@@ -267,7 +315,8 @@ class ForwardChunk {
       });
     };
     multiply_units<kGates>(mine, own_panels_, h_prev, d_.packed.recurrent, d_.weights.w_hh,
-                           sizes_.hidden, sizes_.output, apply, turn_ != 0);
+                           d_.packed.recurrent_scale, sizes_.hidden, sizes_.output, apply,
+                           turn_ != 0);
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {
         slot_.wait_parts();
@@ -284,7 +333,7 @@ class ForwardChunk {
           }
         };
         multiply_units<1>(mine, own_output_panels_, h_tilde, d_.packed.projection, d_.weights.w_hr,
-                          sizes_.output, sizes_.hidden, put);
+                          d_.packed.projection_scale, sizes_.output, sizes_.hidden, put);
       }
     }
     keep_final(t, mine, h_write);
@@ -305,10 +354,12 @@ class ForwardChunk {
 
   const Sizes& sizes_;
   const Schedule& schedule_;
-  const ForwardDirection<S>& d_;
+  const ForwardDirection<S, Word>& d_;
   const Slot& slot_;
   const bool save_;
   const S* const zeros_;
+  Word* const words_;
+  S* const factors_;
   const int64_t hidden_, output_;  // padded
   const int64_t panels_, output_panels_;
   const Range own_panels_, own_output_panels_;
@@ -317,10 +368,10 @@ class ForwardChunk {
   int turn_ = 0;
 };
 
-template <Cell kCell, class S>
-void forward_chunk(const ForwardArgs<S>& args, const Slot& slot) {
+template <Cell kCell, class S, class F = Exact<S>>
+void forward_chunk(const ForwardArgs<S, typename F::Word>& args, const Slot& slot) {
   for (int i = slot.direction_begin; i < slot.direction_end; ++i) {
-    ForwardChunk<kCell, S> chunk(args, args.direction[i], slot);
+    ForwardChunk<kCell, S, F> chunk(args, args.direction[i], slot);
     if (args.direction[i].chunk.first) {
       chunk.pack();
       if (slot.groups > 1) slot.wait_team();
@@ -329,6 +380,12 @@ void forward_chunk(const ForwardArgs<S>& args, const Slot& slot) {
     if (slot.groups > 1) slot.wait_team();
     chunk.walk();
   }
+}
+
+// The packing alone, by one thread.
+template <Cell kCell, class S, class F = Exact<S>>
+void forward_pack(const ForwardArgs<S, typename F::Word>& args, const Slot& slot) {
+  ForwardChunk<kCell, S, F>(args, args.direction[0], slot).pack();
 }
 
 FUSEDRNN_ISA_END

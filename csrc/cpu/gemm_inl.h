@@ -2,13 +2,14 @@
 //
 // A panel holds, for each k, the NV vectors of columns that one tile computes: [K][NV][lanes]. In
 // the forward direction these are the gates of `lanes` hidden units, so that a tile ends with all
-// gates of a unit in registers and its epilogue can apply the cell's equations there.
+// gates of a unit in registers and its epilogue can apply the cell's equations there. k counts the
+// words of a format (formats_inl.h), which hold one value or several.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/vec.h"
+#include "cpu/formats_inl.h"
 
 FUSEDRNN_ISA_BEGIN
 
@@ -24,23 +25,24 @@ struct Tile {
 
 // tile.sum[r][v] = sum over i < k of a[r][i * a_step] * (vector v at i * b_step), the tile's
 // vectors being those of Width / NV panels that lie `panel_size` apart.
-template <int NV, class S, int R, int Width>
-FUSEDRNN_HD void multiply(Tile<S, R, Width>& tile, const S* const (&a)[R], int64_t a_step,
-                          const S* panel, int64_t b_step, int64_t panel_size, int64_t k) {
+template <class F, int NV, int R, int Width, class Word = typename F::Word>
+FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, Width>& tile, const Word* const (&a)[R],
+                          int64_t a_step, const Word* panel, int64_t b_step, int64_t panel_size,
+                          int64_t k) {
   // A sum waits for its last addition: short tiles use several sets of sums to hide that.
   constexpr int sets = R * Width >= 8 ? 1 : R * Width >= 4 ? 2 : 4;
-  constexpr int lanes = kLanes<S>;
-  using Sums = Vec<S>[R][Width];
+  constexpr int lanes = kLanes<Word>;
+  using Sums = Vec<typename F::Sum>[R][Width];
   Sums sum[sets] = {};
-  const auto step = [&](Sums& s, int64_t at, const S* b) __attribute__((always_inline)) {
-    Vec<S> right[Width];
+  const auto step = [&](Sums& s, int64_t at, const Word* b) __attribute__((always_inline)) {
+    Vec<Word> right[Width];
 #pragma GCC unroll 8
     for (int v = 0; v < Width; ++v) right[v] = load(b + v / NV * panel_size + v % NV * lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec<S> left = broadcast(a[r][at]);
+      const Vec<Word> left = broadcast(a[r][at]);
 #pragma GCC unroll 8
-      for (int v = 0; v < Width; ++v) s[r][v] += left * right[v];
+      for (int v = 0; v < Width; ++v) s[r][v] = F::add(s[r][v], left, right[v]);
     }
   };
   int64_t i = 0;
@@ -62,38 +64,38 @@ FUSEDRNN_HD void multiply(Tile<S, R, Width>& tile, const S* const (&a)[R], int64
   }
 }
 
-template <class S, int NV, int R, int Panels, class RowAt, class Epilogue>
+template <class F, int NV, int R, int Panels, class RowAt, class Epilogue>
 FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_t a_step,
-                               const S* packed, int64_t panel_size, int64_t k, Epilogue& epilogue,
-                               bool from_end = false) {
+                               const typename F::Word* packed, int64_t panel_size, int64_t k,
+                               Epilogue& epilogue, bool from_end = false) {
   const int64_t first = from_end && k > 0 ? k - 1 : 0, way = from_end ? -1 : 1;
-  constexpr int64_t b_step = NV * kLanes<S>;
-  const S* a[R];
+  constexpr int64_t b_step = NV * kLanes<typename F::Word>;
+  const typename F::Word* a[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = row_at(row + r) + first * a_step;
-  Tile<S, R, NV * Panels> tile;
-  multiply<NV>(tile, a, way * a_step, packed + panel * panel_size + first * b_step, way * b_step,
-               panel_size, k);
+  Tile<typename F::Sum, R, NV * Panels> tile;
+  multiply<F, NV>(tile, a, way * a_step, packed + panel * panel_size + first * b_step, way * b_step,
+                  panel_size, k);
   epilogue(tile, row, panel);
 }
 
 // A single row takes two panels at once: a tile's epilogue is one chain of dependent instructions a
 // panel, and two hide each other. The walk's steps read the weights from either end in turn: what
 // the last step left in the first cache is used before it has to go.
-template <class S, int NV, class RowAt, class Epilogue>
+template <class F, int NV, class RowAt, class Epilogue>
 FUSEDRNN_HD void product_of_row(int64_t row, Range panels, RowAt row_at, int64_t a_step,
-                                const S* packed, int64_t panel_size, int64_t k, Epilogue epilogue,
-                                bool from_end) {
+                                const typename F::Word* packed, int64_t panel_size, int64_t k,
+                                Epilogue epilogue, bool from_end) {
   const int64_t pairs = panels.size() / 2;
   const auto single = [&] __attribute__((always_inline)) {
     if (panels.size() % 2 == 0) return;
-    multiply_rows<S, NV, 1, 1>(row, panels.end - 1, row_at, a_step, packed, panel_size, k, epilogue,
+    multiply_rows<F, NV, 1, 1>(row, panels.end - 1, row_at, a_step, packed, panel_size, k, epilogue,
                                from_end);
   };
   if (from_end) single();
   for (int64_t i = 0; i < pairs; ++i) {
     const int64_t pair = from_end ? pairs - 1 - i : i;
-    multiply_rows<S, NV, 1, 2>(row, panels.begin + 2 * pair, row_at, a_step, packed, panel_size, k,
+    multiply_rows<F, NV, 1, 2>(row, panels.begin + 2 * pair, row_at, a_step, packed, panel_size, k,
                                epilogue, from_end);
   }
   if (!from_end) single();
@@ -111,12 +113,14 @@ FUSEDRNN_HD void with_height(int64_t height, F f) {
 // Tiles over rows and panels; row_at(row) points to a row's first element, epilogue(tile, row,
 // panel) takes each finished tile. Tiles are as equal in height as can be: eight rows are four and
 // four, not six and two. from_end: see product_of_row.
-template <class S, int NV, int MostRows = kTileRows<S, NV>, class RowAt, class Epilogue>
-FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, int64_t a_step, const S* packed,
-                         int64_t panel_size, int64_t k, Epilogue epilogue, bool from_end = false) {
+template <class F, int NV, int MostRows = kTileRows<typename F::Word, NV>, class RowAt,
+          class Epilogue>
+FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, int64_t a_step,
+                         const typename F::Word* packed, int64_t panel_size, int64_t k,
+                         Epilogue epilogue, bool from_end = false) {
   if (rows.size() <= 0) return;
   if (rows.size() == 1) {
-    product_of_row<S, NV>(rows.begin, panels, row_at, a_step, packed, panel_size, k, epilogue,
+    product_of_row<F, NV>(rows.begin, panels, row_at, a_step, packed, panel_size, k, epilogue,
                           from_end);
     return;
   }
@@ -126,7 +130,7 @@ FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, int64_t a_step,
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t height = rows.size() * (t + 1) / tiles - rows.size() * t / tiles;
       with_height<MostRows>(height, [&](auto r) __attribute__((always_inline)) {
-        multiply_rows<S, NV, decltype(r)::value, 1>(row, panel, row_at, a_step, packed, panel_size,
+        multiply_rows<F, NV, decltype(r)::value, 1>(row, panel, row_at, a_step, packed, panel_size,
                                                     k, epilogue);
       });
       row += height;

@@ -121,7 +121,7 @@ class ChunkGradients {
       for (int r = 0; r < R; ++r) with_next_tile(rows, panels, row + R + r, panel, fetch);
       put_tile(tile, panel, n, !d_.chunk.first, [&](int r) { return to + (row + r) * n; });
     };
-    product<S, kChunkVectors>(
+    product<Exact<S>, kChunkVectors>(
         rows, panels, [&](int64_t r) { return columns_ + r; }, kGradientRows, args_.panels[which],
         rows_ * kWidth, rows_, epilogue);
   }
@@ -190,9 +190,9 @@ class ChunkGradients {
           return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
         });
       };
-      product<S, kChunkVectors>(rows, Range{0, panel_count<S>(sizes_.input, kChunkVectors)}, row_at,
-                                1, d_.packed.input + k * kWidth, all * kWidth,
-                                std::min(kBlockK, all - k), epilogue);
+      product<Exact<S>, kChunkVectors>(rows, Range{0, panel_count<S>(sizes_.input, kChunkVectors)},
+                                       row_at, 1, d_.packed.input + k * kWidth, all * kWidth,
+                                       std::min(kBlockK, all - k), epilogue);
     }
   }
 

@@ -30,7 +30,7 @@ std::atomic<const Isa*>& current() {
 std::vector<const Isa*> usable_isas() {
   std::vector<const Isa*> isas = {&kBaselineIsa};
 #if defined(__x86_64__)
-  for (const Isa* isa : {&kAvx2Isa, &kAvx512Isa}) {
+  for (const Isa* isa : {&kAvx2Isa, &kAvx512Isa, &kAvx512Bf16Isa}) {
     if (isa->usable()) isas.push_back(isa);
   }
 #endif

@@ -12,6 +12,7 @@ namespace fusedrnn {
 // Kernels for arithmetic in S; indexed by Cell.
 template <class S>
 struct KernelTable {
+  void (*pack[kCells])(const ForwardArgs<S>&, const Slot&);  // forward's packing alone
   void (*forward[kCells])(const ForwardArgs<S>&, const Slot&);
   void (*backward[kCells])(const BackwardArgs<S>&, const Slot&);
   // y = sigmoid(x), y = tanh(x), n values: what the cells apply, for tests.
@@ -19,11 +20,18 @@ struct KernelTable {
   void (*tanh)(const S* x, S* y, int64_t n);
 };
 
+// The same for products of narrow values, in words; the cells' arithmetic is float.
+struct NarrowTable {
+  void (*pack[kCells])(const ForwardArgs<float, uint32_t>&, const Slot&);
+  void (*forward[kCells])(const ForwardArgs<float, uint32_t>&, const Slot&);
+};
+
 struct Isa {
   const char* name;
   bool (*usable)();  // on this machine
   KernelTable<float> f32;
   KernelTable<double> f64;
+  NarrowTable bf16, int8;
 
   template <class S>
   const KernelTable<S>& table() const {
@@ -40,6 +48,7 @@ extern const Isa kBaselineIsa;
 #if defined(__x86_64__)
 extern const Isa kAvx2Isa;
 extern const Isa kAvx512Isa;
+extern const Isa kAvx512Bf16Isa;
 #endif
 
 // Those usable here, the plainest first.

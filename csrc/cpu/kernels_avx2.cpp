@@ -28,7 +28,12 @@ static bool usable() {
          __builtin_cpu_supports("f16c");
 }
 
-const Isa kAvx2Isa = {"avx2", usable, avx2::kernel_table<float>(), avx2::kernel_table<double>()};
+constinit const Isa kAvx2Isa = {"avx2",
+                                usable,
+                                avx2::kernel_table<float>(),
+                                avx2::kernel_table<double>(),
+                                avx2::narrow_table<avx2::Bf16>(),
+                                avx2::narrow_table<avx2::Int8>()};
 
 }  // namespace fusedrnn
 #endif

@@ -31,8 +31,12 @@ static bool usable() {
          __builtin_cpu_supports("avx512vl");
 }
 
-const Isa kAvx512Isa = {"avx512", usable, avx512::kernel_table<float>(),
-                        avx512::kernel_table<double>()};
+constinit const Isa kAvx512Isa = {"avx512",
+                                  usable,
+                                  avx512::kernel_table<float>(),
+                                  avx512::kernel_table<double>(),
+                                  avx512::narrow_table<avx512::Bf16>(),
+                                  avx512::narrow_table<avx512::Int8>()};
 
 }  // namespace fusedrnn
 #endif

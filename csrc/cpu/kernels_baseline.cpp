@@ -11,7 +11,11 @@ namespace fusedrnn {
 
 static bool usable() { return true; }
 
-const Isa kBaselineIsa = {"baseline", usable, baseline::kernel_table<float>(),
-                          baseline::kernel_table<double>()};
+constinit const Isa kBaselineIsa = {"baseline",
+                                    usable,
+                                    baseline::kernel_table<float>(),
+                                    baseline::kernel_table<double>(),
+                                    baseline::narrow_table<baseline::Bf16>(),
+                                    baseline::narrow_table<baseline::Int8>()};
 
 }  // namespace fusedrnn

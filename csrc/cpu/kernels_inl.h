@@ -14,12 +14,22 @@ void map(const S* x, S* y, int64_t n) {
 
 template <class S>
 constexpr KernelTable<S> kernel_table() {
-  return {{forward_chunk<Cell::kLstm, S>, forward_chunk<Cell::kGru, S>,
+  return {{forward_pack<Cell::kLstm, S>, forward_pack<Cell::kGru, S>,
+           forward_pack<Cell::kRnnTanh, S>, forward_pack<Cell::kRnnRelu, S>},
+          {forward_chunk<Cell::kLstm, S>, forward_chunk<Cell::kGru, S>,
            forward_chunk<Cell::kRnnTanh, S>, forward_chunk<Cell::kRnnRelu, S>},
           {backward_chunk<Cell::kLstm, S>, backward_chunk<Cell::kGru, S>,
            backward_chunk<Cell::kRnnTanh, S>, backward_chunk<Cell::kRnnRelu, S>},
           map<S, sigmoid<Vec<S>>>,
           map<S, tanh<Vec<S>>>};
+}
+
+template <class F>
+constexpr NarrowTable narrow_table() {
+  return {{forward_pack<Cell::kLstm, float, F>, forward_pack<Cell::kGru, float, F>,
+           forward_pack<Cell::kRnnTanh, float, F>, forward_pack<Cell::kRnnRelu, float, F>},
+          {forward_chunk<Cell::kLstm, float, F>, forward_chunk<Cell::kGru, float, F>,
+           forward_chunk<Cell::kRnnTanh, float, F>, forward_chunk<Cell::kRnnRelu, float, F>}};
 }
 
 FUSEDRNN_ISA_END

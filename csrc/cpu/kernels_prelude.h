@@ -8,6 +8,10 @@
 #include <type_traits>
 #include <utility>
 
+#ifdef FUSEDRNN_DOT_PRODUCTS
+  #include <immintrin.h>
+#endif
+
 #include "cpu/isa.h"
 #include "cpu/team.h"
 #include "cpu/walk.h"

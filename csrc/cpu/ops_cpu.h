@@ -120,9 +120,6 @@ inline Workload workload_of(const Layer& layer, const Schedule& schedule, int pr
           products};
 }
 
-// Rounded up to whole panels of any instruction set (columns of at most 4 vectors of 16 lanes).
-inline int64_t whole_panels(int64_t columns) { return (columns + 63) / 64 * 64; }
-
 // Most rows of a chunk.
 inline int64_t chunk_rows(const Schedule& schedule, const std::vector<int64_t>& bounds) {
   int64_t most = 0;

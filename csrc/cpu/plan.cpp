@@ -65,11 +65,15 @@ Plan plan_team(const Workload& work, int threads) {
   return plan;
 }
 
-std::vector<int64_t> chunk_bounds(const Schedule& schedule, const Workload& work) {
+int64_t chunk_target(Cell cell, const Sizes& sizes, int64_t value_size) {
   // Enough rows to make the products over a chunk efficient, few enough that its gates are still
   // in cache when the time loop reads them.
-  const int64_t row_bytes = saved_blocks(work.cell) * work.sizes.hidden_padded() * work.value_size;
-  const int64_t target = std::clamp<int64_t>((int64_t{2} << 20) / row_bytes, 256, 512);
+  const int64_t row_bytes = saved_blocks(cell) * sizes.hidden_padded() * value_size;
+  return std::clamp<int64_t>((int64_t{2} << 20) / row_bytes, 256, 512);
+}
+
+std::vector<int64_t> chunk_bounds(const Schedule& schedule, const Workload& work) {
+  const int64_t target = chunk_target(work.cell, work.sizes, work.value_size);
   std::vector<int64_t> bounds = {0};
   int64_t rows = 0;
   for (int64_t t = 0; t < schedule.steps; ++t) {

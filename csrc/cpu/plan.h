@@ -25,6 +25,9 @@ bool worth_packing(const Workload& work);
 
 Plan plan_team(const Workload& work, int threads);
 
+// About how many (step, row) pairs a chunk of time should have.
+int64_t chunk_target(Cell cell, const Sizes& sizes, int64_t value_size);
+
 // Bounds b[0] = 0 < b[1] < ... = T of the chunks of time.
 std::vector<int64_t> chunk_bounds(const Schedule& schedule, const Workload& work);
 

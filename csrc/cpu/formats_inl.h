@@ -1,0 +1,119 @@
+// What the operands of a product are: values of the arithmetic's type, or narrow ones, several to a
+// 32-bit word, that lie one after another in k. A format says how a word of a row and a word of a
+// panel are multiplied and added to a sum, for a vector of words, and how a row is written in
+// words.
+//
+// FUSEDRNN_DOT_PRODUCTS, from the kernel file: there are vdpbf16ps and vpdpbusd.
+#pragma once
+
+#include "cpu/vec.h"
+
+FUSEDRNN_ISA_BEGIN
+
+template <class S>
+struct Exact {
+  using Word = S;
+  using Sum = S;
+  static FUSEDRNN_HD Vec<S> add(Vec<S> sum, Vec<S> left, Vec<S> right) {
+    return sum + left * right;
+  }
+};
+
+// `count` rows of `columns` values each written in words, `stride` words apart.
+struct Bf16 {
+  using Word = uint32_t;
+  using Sum = float;
+  using Scalar = float;
+
+  // The lower half of a word comes first in memory and in k.
+  static FUSEDRNN_HD Vec<float> add(Vec<float> sum, Vec<Word> left, Vec<Word> right) {
+#ifdef FUSEDRNN_DOT_PRODUCTS
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+#else
+    sum += (Vec<float>)(left << 16) * (Vec<float>)(right << 16);
+    return sum + (Vec<float>)(left & 0xffff0000u) * (Vec<float>)(right & 0xffff0000u);
+#endif
+  }
+
+  // Rounded to nearest even; NaN stays NaN.
+  static FUSEDRNN_HD Vec<Word> rounded(Vec<float> v) {
+    const Vec<Word> bits = (Vec<Word>)v;
+    const Vec<Word> round = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return v == v ? round : Vec<Word>{} + 0x7fc0u;
+  }
+
+  // Returns the factor that the row was divided by.
+  static FUSEDRNN_HD float write_row(Word* to, const float* from, int64_t columns) {
+    typedef uint16_t Halves __attribute__((vector_size(kLanes<float> * 2)));
+    char* bytes = reinterpret_cast<char*>(to);
+    for (int64_t i = 0; i < columns; i += kLanes<float>) {
+      const Halves halves = __builtin_convertvector(rounded(load(from + i, columns - i)), Halves);
+      __builtin_memcpy(bytes + 2 * i, &halves, sizeof(halves));
+    }
+    return 1.0f;
+  }
+};
+
+// Rows are unsigned, a value q standing for (q - 128) * factor with the row's own factor; panels
+// are signed. The sum of 128 times a panel's column is taken off afterwards, by who knows it.
+struct Int8 {
+  using Word = uint32_t;
+  using Sum = int32_t;
+  using Scalar = float;
+  static constexpr int kZero = 128, kMost = 127;
+
+  static FUSEDRNN_HD Vec<int32_t> add(Vec<int32_t> sum, Vec<Word> left, Vec<Word> right) {
+#ifdef FUSEDRNN_DOT_PRODUCTS
+    return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
+#else
+    const Vec<int32_t> r = (Vec<int32_t>)right;
+    sum += (Vec<int32_t>)(left & 255u) * ((r << 24) >> 24);
+    sum += (Vec<int32_t>)((left >> 8) & 255u) * ((r << 16) >> 24);
+    sum += (Vec<int32_t>)((left >> 16) & 255u) * ((r << 8) >> 24);
+    return sum + (Vec<int32_t>)(left >> 24) * (r >> 24);
+#endif
+  }
+
+  // Returns the row's factor; NaN where a value is not finite, so that the products are too.
+  static FUSEDRNN_HD float write_row(Word* to, const float* from, int64_t columns) {
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes<float>)));
+    Vec<float> most{}, not_finite{};
+    for (int64_t i = 0; i < columns; i += kLanes<float>) {
+      const Vec<float> v = load(from + i, columns - i);
+      const Vec<float> size = v < 0.0f ? -v : v;
+      most = most < size ? size : most;
+      not_finite += v - v;
+    }
+    float largest = 0.0f, poison = 0.0f;
+    for (int l = 0; l < kLanes<float>; ++l) {
+      largest = largest < most[l] ? most[l] : largest;
+      poison += not_finite[l];
+    }
+    const float factor = largest / kMost;
+    const float inverse = largest > 1e-36f && poison == 0.0f ? kMost / largest : 0.0f;
+    // Adding 1.5 * 2^23 rounds to an integer, which the lower bits then hold.
+    constexpr float rounder = 12582912.0f;
+    char* bytes = reinterpret_cast<char*>(to);
+    for (int64_t i = 0; i < columns; i += kLanes<float>) {
+      const Vec<float> v = load(from + i, columns - i);
+      const Vec<float> shifted = v * inverse + (rounder + kZero);
+      const Vec<Word> q = poison == 0.0f ? (Vec<Word>)shifted & 255u : Vec<Word>{};
+      const Bytes packed = __builtin_convertvector(q, Bytes);
+      __builtin_memcpy(bytes + i, &packed, sizeof(packed));
+    }
+    return factor + poison;
+  }
+};
+
+template <class F>
+inline constexpr int kValuesPerWord = std::is_same_v<F, Bf16>   ? 2
+                                      : std::is_same_v<F, Int8> ? 4
+                                                                : 1;
+
+// Words of a row of `columns` values.
+template <class F>
+constexpr int64_t words_of(int64_t columns) {
+  return (columns + kValuesPerWord<F> - 1) / kValuesPerWord<F>;
+}
+
+FUSEDRNN_ISA_END

@@ -1,0 +1,48 @@
+// AVX-512 with dot products of 16- and 8-bit values (BF16 and VNNI): the narrow kernels; the others
+// are those of AVX-512.
+#if defined(__x86_64__)
+  #define FUSEDRNN_ISA avx512_bf16
+  #define FUSEDRNN_VECTOR_BYTES 64
+  #define FUSEDRNN_ACCUMULATORS 24
+  #define FUSEDRNN_DOT_PRODUCTS
+
+  #include "cpu/kernels_prelude.h"
+
+  #if defined(__clang__)
+    #pragma clang attribute push(                                                               \
+        __attribute__((                                                                         \
+            target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c"))), \
+        apply_to = function)
+  #else
+    #pragma GCC push_options
+    #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")
+  #endif
+
+  #include "cpu/kernels_inl.h"
+
+  #if defined(__clang__)
+    #pragma clang attribute pop
+  #else
+    #pragma GCC pop_options
+  #endif
+
+namespace fusedrnn {
+
+static bool usable() {
+  return kAvx512Isa.usable() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+static Isa with_dot_products(Isa isa) {
+  isa.name = "avx512_bf16";
+  isa.usable = usable;
+  isa.bf16 = avx512_bf16::narrow_table<avx512_bf16::Bf16>();
+  isa.int8 = avx512_bf16::narrow_table<avx512_bf16::Int8>();
+  return isa;
+}
+
+// kAvx512Isa stands from the start (constinit), whatever the order of files.
+const Isa kAvx512Bf16Isa = with_dot_products(kAvx512Isa);
+
+}  // namespace fusedrnn
+#endif

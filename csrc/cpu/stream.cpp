@@ -1,0 +1,338 @@
+#include "cpu/stream.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/isa.h"
+#include "cpu/plan.h"
+#include "cpu/run_team.h"
+#include "cpu/scratch.h"
+
+namespace fusedrnn {
+namespace {
+
+// ---- weights in words ---------------------------------------------------------------------------
+
+// A weight (blocks * units, columns) in words, and the scale of each row, (blocks, units padded).
+template <class W>
+struct Rows {
+  std::vector<W> words;
+  std::vector<float> factor;
+  std::vector<int32_t> offset;
+  ColumnScale scale() const { return {factor.data(), offset.data()}; }
+};
+
+uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Values are put into words one after another; the last word of a row is filled up with zeros.
+template <class Value, class Put>
+std::vector<uint32_t> words_of_rows(int64_t rows, int64_t columns, Put put) {
+  constexpr int64_t each = sizeof(uint32_t) / sizeof(Value);
+  const int64_t stride = (columns + each - 1) / each;
+  std::vector<uint32_t> words(rows * stride, 0);
+  for (int64_t row = 0; row < rows; ++row) {
+    char* to = reinterpret_cast<char*>(words.data() + row * stride);
+    for (int64_t i = 0; i < columns; ++i) {
+      const Value value = put(row, i);
+      std::memcpy(to + i * sizeof(Value), &value, sizeof(Value));
+    }
+  }
+  return words;
+}
+
+// Each row of int8 weights has its own factor, its largest size / 127.
+Rows<uint32_t> int8_rows(const float* w, int64_t blocks, int64_t units, int64_t columns) {
+  Rows<uint32_t> rows;
+  rows.factor.assign(blocks * padded(units), 0.0f);
+  rows.offset.assign(blocks * padded(units), 0);
+  std::vector<float> inverse(blocks * units);
+  const auto at = [&](int64_t row) { return row / units * padded(units) + row % units; };
+  for (int64_t row = 0; row < blocks * units; ++row) {
+    float most = 0.0f;
+    bool finite = true;
+    for (int64_t i = 0; i < columns; ++i) {
+      const float value = w[row * columns + i];
+      finite = finite && std::isfinite(value);
+      most = std::max(most, std::fabs(value));
+    }
+    const bool usable = finite && most > 1e-36f;
+    inverse[row] = usable ? 127.0f / most : 0.0f;
+    rows.factor[at(row)] = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
+  }
+  rows.words = words_of_rows<int8_t>(blocks * units, columns, [&](int64_t row, int64_t i) {
+    const float scaled = inverse[row] == 0.0f ? 0.0f : w[row * columns + i] * inverse[row];
+    const auto value = static_cast<int8_t>(std::lrint(scaled));
+    rows.offset[at(row)] += 128 * value;
+    return value;
+  });
+  return rows;
+}
+
+template <class W>
+Rows<W> rows_in(WeightFormat format, const float* w, int64_t blocks, int64_t units,
+                int64_t columns) {
+  if (w == nullptr) return {};
+  if constexpr (std::is_same_v<W, float>) {
+    return {std::vector<float>(w, w + blocks * units * columns), {}, {}};
+  } else {
+    if (format == WeightFormat::kInt8) return int8_rows(w, blocks, units, columns);
+    return {words_of_rows<uint16_t>(
+                blocks * units, columns,
+                [&](int64_t row, int64_t i) { return to_bf16(w[row * columns + i]); }),
+            {},
+            {}};
+  }
+}
+
+// ---- one layer ----------------------------------------------------------------------------------
+
+template <class W>
+using Kernel = void (*)(const ForwardArgs<float, W>&, const Slot&);
+
+template <class W>
+struct Kernels {
+  Kernel<W> pack, forward;
+};
+
+template <class W>
+Kernels<W> kernels_of(WeightFormat format, Cell cell) {
+  const Isa& isa = current_isa();
+  const int i = static_cast<int>(cell);
+  if constexpr (std::is_same_v<W, float>) {
+    return {isa.f32.pack[i], isa.f32.forward[i]};
+  } else {
+    const NarrowTable& table = format == WeightFormat::kInt8 ? isa.int8 : isa.bf16;
+    return {table.pack[i], table.forward[i]};
+  }
+}
+
+// What all forks of a layer share.
+template <class W>
+struct Frozen {
+  Kernels<W> kernels;
+  int value_size;
+  PackedWeights<float, W> packed{};
+  Rows<W> input, recurrent, projection;  // their scales; the words are gone once packed
+  Scratch<W> words;
+  Scratch<float> biases;
+
+  Frozen(const StreamLayer& layer, WeightFormat format)
+      : kernels(kernels_of<W>(format, layer.cell)),
+        value_size(format == WeightFormat::kFloat32    ? 4
+                   : format == WeightFormat::kBfloat16 ? 2
+                                                       : 1) {
+    const Sizes& s = layer.sizes;
+    const int gates = gate_blocks(layer.cell);
+    input = rows_in<W>(format, layer.weights.w_ih, gates, s.hidden, s.input);
+    recurrent = rows_in<W>(format, layer.weights.w_hh, gates, s.hidden, s.output);
+    projection = rows_in<W>(format, layer.weights.w_hr, 1, s.output, s.hidden);
+    const int64_t each = 4 / value_size;
+    const auto size = [&](int64_t units, int64_t k) {
+      return whole_panels(units) * ((k + each - 1) / each);
+    };
+    words.want(&packed.input, gates * size(s.hidden, s.input));
+    words.want(&packed.recurrent, gates * size(s.hidden, s.output));
+    if (s.projected) words.want(&packed.projection, size(s.output, s.hidden));
+    words.allocate();
+    biases.want(&packed.bias, gates * whole_panels(s.hidden));
+    biases.want(&packed.bias_hn, s.hidden_padded());
+    biases.allocate();
+    packed.input_scale = input.scale();
+    packed.recurrent_scale = recurrent.scale();
+    packed.projection_scale = projection.scale();
+
+    ForwardArgs<float, W> args{};
+    args.sizes = s;
+    const int64_t row0[2] = {0, 0}, rows[1] = {0};
+    args.schedule = {1, 0, rows, row0, nullptr, nullptr};
+    args.directions = 1;
+    auto& d = args.direction[0];
+    d.chunk = {0, 1, true, true};
+    d.weights = {input.words.data(), recurrent.words.data(), layer.weights.b_ih, layer.weights.b_hh,
+                 projection.words.data()};
+    d.packed = packed;
+    Barriers barriers(1);
+    kernels.pack(args, slot_of(Plan{}, 0, 1, barriers));
+    for (Rows<W>* rows_of : {&input, &recurrent, &projection}) {
+      std::vector<W>().swap(rows_of->words);
+    }
+  }
+};
+
+template <class W>
+class Layer final : public FrozenLayer {
+ public:
+  Layer(Cell its_cell, const Sizes& its_sizes, std::shared_ptr<const Frozen<W>> frozen,
+        int64_t batch)
+      : frozen_(std::move(frozen)), batch_(batch) {
+    cell = its_cell;
+    sizes = its_sizes;
+    const int64_t hidden = sizes.hidden_padded(), output = sizes.output_padded();
+    const int64_t gates = saved_blocks(cell) * hidden;
+    most_steps_ = std::max<int64_t>(1, chunk_target(cell, sizes, sizeof(float)) / batch);
+    rows_.assign(most_steps_, batch);
+    for (int64_t t = 0; t <= most_steps_; ++t) row0_.push_back(t * batch);
+
+    args_.sizes = sizes;
+    args_.directions = 1;
+    auto& d = args_.direction[0];
+    d.packed = frozen_->packed;
+    d.gates_stride = gates;
+    d.y_stride = sizes.output;
+    scratch_.want(&zeros_, zero_count());
+    scratch_.want(&d.gates, most_steps_ * batch * gates);
+    scratch_.want(&d.h[0], batch * output);
+    scratch_.want(&d.h[1], batch * output);
+    scratch_.want(&d.h_n, batch * sizes.output);
+    if (has_cell_state(cell)) scratch_.want(&d.c, batch * hidden);
+    if (sizes.projected) scratch_.want(&d.h_tilde, batch * hidden);
+    scratch_.allocate();
+    std::fill(zeros_, zeros_ + zero_count(), 0.0f);
+    args_.zeros = zeros_;
+    set_state(nullptr, nullptr);
+  }
+
+  void run(const float* x, float* y, int64_t steps, int threads) override {
+    auto& d = args_.direction[0];
+    d.x = x;
+    d.y = y;
+    d.chunk = {0, steps, false, true};
+    args_.schedule = {steps, batch_, rows_.data(), row0_.data(), nullptr, nullptr};
+    const Workload work = {cell, sizes, 1, batch_, steps * batch_, frozen_->value_size, 1};
+    const auto plan = [&](int given) { return plan_team(work, given); };
+    if constexpr (!std::is_same_v<W, float>) make_words(plan(threads).threads());
+    run_team(threads, 1, plan, [&](const Slot& slot) { frozen_->kernels.forward(args_, slot); });
+    d.turn ^= steps & 1;
+  }
+
+  int64_t most_steps() const override { return most_steps_; }
+
+  void get_state(float* h, float* c) const override {
+    const auto& d = args_.direction[0];
+    copy_rows(h, sizes.output, d.h[d.turn], sizes.output_padded(), sizes.output);
+    if (has_cell_state(cell)) {
+      copy_rows(c, sizes.hidden, d.c, sizes.hidden_padded(), sizes.hidden);
+    }
+  }
+
+  void set_state(const float* h, const float* c) override {
+    auto& d = args_.direction[0];
+    const int64_t hidden = sizes.hidden_padded(), output = sizes.output_padded();
+    for (float* to : d.h) {
+      std::fill(to, to + batch_ * output, 0.0f);
+      if (h != nullptr) copy_rows(to, output, h, sizes.output, sizes.output);
+    }
+    if (!has_cell_state(cell)) return;
+    std::fill(d.c, d.c + batch_ * hidden, 0.0f);
+    if (c != nullptr) copy_rows(d.c, hidden, c, sizes.hidden, sizes.hidden);
+  }
+
+  std::unique_ptr<FrozenLayer> fork() const override {
+    return std::make_unique<Layer>(cell, sizes, frozen_, batch_);
+  }
+
+ private:
+  int64_t zero_count() const { return std::max(4 * sizes.hidden_padded(), sizes.output_padded()); }
+
+  void copy_rows(float* to, int64_t to_stride, const float* from, int64_t from_stride,
+                 int64_t columns) const {
+    for (int64_t b = 0; b < batch_; ++b) {
+      std::copy(from + b * from_stride, from + b * from_stride + columns, to + b * to_stride);
+    }
+  }
+
+  // Room for the narrow rows of each of `threads`.
+  void make_words(int threads) {
+    if (threads <= threads_) return;
+    const int64_t each = 4 / frozen_->value_size;
+    const int64_t most_rows = most_steps_ * batch_;
+    const int64_t row = padded(std::max({sizes.input, sizes.hidden, sizes.output})) / each;
+    args_.words_stride = (most_rows * row + 15) / 16 * 16;
+    args_.factors_stride = (most_rows + 15) / 16 * 16;
+    Scratch<W>& words = words_.emplace();
+    words.want(&args_.words, threads * args_.words_stride);
+    words.allocate();
+    Scratch<float>& factors = factors_.emplace();
+    factors.want(&args_.factors, threads * args_.factors_stride);
+    factors.allocate();
+    threads_ = threads;
+  }
+
+  const std::shared_ptr<const Frozen<W>> frozen_;
+  const int64_t batch_;
+  int64_t most_steps_;
+  std::vector<int64_t> rows_, row0_;
+  ForwardArgs<float, W> args_{};
+  Scratch<float> scratch_;
+  float* zeros_ = nullptr;
+  std::optional<Scratch<W>> words_;
+  std::optional<Scratch<float>> factors_;
+  int threads_ = 0;
+};
+
+template <class W>
+std::unique_ptr<FrozenLayer> frozen_layer(const StreamLayer& layer, WeightFormat format,
+                                          int64_t batch) {
+  auto frozen = std::make_shared<const Frozen<W>>(layer, format);
+  return std::make_unique<Layer<W>>(layer.cell, layer.sizes, std::move(frozen), batch);
+}
+
+}  // namespace
+
+// ---- the stack ----------------------------------------------------------------------------------
+
+Stream::Stream(const std::vector<StreamLayer>& layers, WeightFormat format, int64_t batch)
+    : batch_(batch) {
+  for (const StreamLayer& layer : layers) {
+    layers_.push_back(format == WeightFormat::kFloat32
+                          ? frozen_layer<float>(layer, format, batch)
+                          : frozen_layer<uint32_t>(layer, format, batch));
+  }
+  make_room();
+}
+
+void Stream::make_room() {
+  most_steps_ = std::numeric_limits<int64_t>::max();
+  int64_t widest = 0;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    most_steps_ = std::min(most_steps_, layers_[l]->most_steps());
+    if (l + 1 < layers_.size()) widest = std::max(widest, layers_[l]->sizes.output);
+  }
+  for (std::vector<float>& values : between_) values.resize(most_steps_ * batch_ * widest);
+}
+
+bool Stream::run(const float* x, float* y, int64_t steps, int threads) {
+  if (busy_.test_and_set(std::memory_order_acquire)) return false;
+  const struct Release {
+    std::atomic_flag& flag;
+    ~Release() { flag.clear(std::memory_order_release); }
+  } release{busy_};
+  const int64_t last = layers() - 1;
+  for (int64_t t = 0; t < steps; t += most_steps_) {
+    const int64_t count = std::min(most_steps_, steps - t);
+    const float* from = x + t * batch_ * input_size();
+    for (int64_t l = 0; l <= last; ++l) {
+      float* to = l == last ? y + t * batch_ * output_size() : between_[l % 2].data();
+      layers_[l]->run(from, to, count, threads);
+      from = to;
+    }
+  }
+  return true;
+}
+
+std::unique_ptr<Stream> Stream::fork() const {
+  std::unique_ptr<Stream> other(new Stream);
+  other->batch_ = batch_;
+  for (const auto& layer : layers_) other->layers_.push_back(layer->fork());
+  other->make_room();
+  return other;
+}
+
+}  // namespace fusedrnn

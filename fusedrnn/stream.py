@@ -1,0 +1,178 @@
+"""Low-latency inference, step by step, with a frozen copy of a trained stack."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fusedrnn._ops import _C
+
+__all__ = ["Stream"]
+
+Array = TypeVar("Array", Tensor, np.ndarray)
+
+_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+
+
+class Stream:
+    """A trained RNN, LSTM or GRU that takes one step after another and keeps its state.
+
+    The weights are copied and laid out for the kernels once, when the object is made: later changes
+    of the module do not reach it. Calls go straight to the kernels, past torch's dispatcher, and
+    record nothing for autograd. The equations are those of :class:`fusedrnn.LSTM`, ``GRU`` and
+    ``RNN``; dropout is off.
+
+    Args:
+        module: an RNN, LSTM or GRU of torch.nn or fusedrnn, of any number of layers, with or
+            without projection, in one direction; or one of their cells.
+        weights: how the weights are kept. ``torch.float32``; ``torch.bfloat16``, half the memory:
+            the weights and what they multiply are rounded to 8 significant bits; ``torch.int8``, a
+            quarter: each row of a weight has one scale, its largest size / 127, and what it
+            multiplies is rounded to 8 bits too, with a scale of its own in each row and step. Sums,
+            biases, gates and states are float32 in all of them.
+        batch_size: rows B that advance together.
+
+    The state starts as zeros. An object serves one thread at a time; :meth:`fork` gives each its
+    own state over the same weights.
+
+    Raises:
+        TypeError: module or weights are of another kind.
+        ValueError: the module is bidirectional, or batch_size is below 1.
+    """
+
+    def __init__(
+        self,
+        module: nn.RNNBase | nn.RNNCellBase,
+        *,
+        weights: torch.dtype = torch.float32,
+        batch_size: int = 1,
+    ) -> None:
+        if weights not in _FORMATS:
+            raise TypeError(
+                f"weights must be torch.float32, torch.bfloat16 or torch.int8, got {weights!r}"
+            )
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        self._layers = _layers_of(module)
+        self.weights = weights
+        self.batch_size = batch_size
+        params = [
+            (mode, [None if p is None else _plain(p) for p in tensors])
+            for mode, tensors in self._layers
+        ]
+        self._modes = [mode for mode, _ in params]
+        self._sizes = [(p[1].shape[1], p[0].shape[0] // _GATES[mode]) for mode, p in params]
+        self.input_size: int = params[0][1][0].shape[1]
+        self.output_size: int = self._sizes[-1][0]
+        self._stream = _C.Stream(params, _FORMATS[weights], batch_size)
+        del self._layers
+
+    def step(self, x: Array) -> Array:
+        """One step of all layers.
+
+        Args:
+            x: (B, I), or (I,) where the batch size is 1: a float32 torch.Tensor on the CPU or a
+                numpy.ndarray.
+
+        Returns:
+            The last layer's h, (B, P) or (P,), in the kind that x came in.
+
+        Raises:
+            TypeError, ValueError: x has another type, dtype or shape.
+            RuntimeError: x requires grad, or another thread is running this object.
+        """
+        return self._stream.step(x)
+
+    def run(self, x: Array) -> Array:
+        """T steps: (T, B, I), or (T, I) where the batch size is 1, to (T, B, P) or (T, P).
+
+        The same results as T calls of :meth:`step` but for rounding, sooner; T may be 0.
+        """
+        return self._stream.run(x)
+
+    @property
+    def state(self) -> Tensor | tuple[Tensor, Tensor]:
+        """A copy of the state: h (L, B, P), or (h, c) with c (L, B, H) for an LSTM, as torch.nn's
+        h_n and c_n. Assigning one in the same form sets it, None zeros."""
+        states = [self._stream.get_state(layer) for layer in range(len(self._modes))]
+        h = torch.stack([h for h, _ in states])
+        return (h, torch.stack([c for _, c in states])) if self._modes[0] == "LSTM" else h
+
+    @state.setter
+    def state(self, value: Tensor | tuple[Tensor, Tensor] | None) -> None:
+        lstm = self._modes[0] == "LSTM"
+        if value is None:
+            h = c = None
+        elif lstm:
+            if not isinstance(value, (tuple, list)) or len(value) != 2:
+                raise TypeError("state must be a pair (h, c) for an LSTM")
+            h, c = value
+            c = self._checked("state[1]", c, self._sizes[0][1])
+        else:
+            h, c = value, None
+        if h is not None:
+            h = self._checked("state[0]" if lstm else "state", h, self._sizes[0][0])
+        for layer in range(len(self._modes)):
+            self._stream.set_state(
+                layer, None if h is None else h[layer], None if c is None else c[layer]
+            )
+
+    def reset(self) -> None:
+        """Set the state to zeros, for a new sequence."""
+        self.state = None
+
+    def fork(self) -> Stream:
+        """Another stream over the same weights, which it shares, with a state of its own, zeros."""
+        other = object.__new__(Stream)
+        other.__dict__.update(self.__dict__)
+        other._stream = self._stream.fork()
+        return other
+
+    def __repr__(self) -> str:
+        return (
+            f"Stream({self._modes[0]}, layers={len(self._modes)}, input_size={self.input_size}, "
+            f"output_size={self.output_size}, weights={self.weights}, "
+            f"batch_size={self.batch_size})"
+        )
+
+    def _checked(self, name: str, value: Tensor, units: int) -> Tensor:
+        expected = (len(self._modes), self.batch_size, units)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.shape != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
+        return _plain(value)
+
+
+_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+
+
+def _plain(t: Tensor) -> Tensor:
+    return t.detach().to("cpu", torch.float32).contiguous()
+
+
+def _layers_of(module: nn.Module) -> list[tuple[str, list[Tensor | None]]]:
+    """The mode and w_ih, w_hh, b_ih, b_hh, w_hr of each layer, None for what it lacks."""
+    if isinstance(module, nn.RNNBase):
+        if module.bidirectional:
+            raise ValueError(
+                "module is bidirectional: its reverse direction begins at the end of a sequence, "
+                "which a stream does not know"
+            )
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        return [
+            (module.mode, [getattr(module, f"{name}_l{layer}", None) for name in names])
+            for layer in range(module.num_layers)
+        ]
+    for kind, mode in ((nn.LSTMCell, "LSTM"), (nn.GRUCell, "GRU"), (nn.RNNCell, "RNN")):
+        if isinstance(module, kind):
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            if mode == "RNN":
+                mode = f"RNN_{module.nonlinearity.upper()}"
+            return [(mode, [*(getattr(module, name) for name in names), None])]
+    raise TypeError(
+        "module must be an RNN, LSTM, GRU or one of their cells, got " + type(module).__name__
+    )
