@@ -121,6 +121,8 @@ struct ForwardDirection {
   const S* x;  // (io rows, I)
   S* y;        // (io rows, y_stride), this direction's P columns
   int64_t y_stride;
+  const uint16_t* x_half;  // bfloat16, in place of x; or null
+  uint16_t* y_half;        // the same in place of y
   S* gates;  // packed rows of the chunk, (., gates_stride): projected gates, then what is saved
   int64_t gates_stride;  // >= saved_blocks * Hp
   S* cells;              // packed rows of the whole sequence, (., cells_stride), or null; LSTM

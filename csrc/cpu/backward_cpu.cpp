@@ -200,7 +200,7 @@ class BackwardRun {
   const Values<S> x_, y_, dy_, gates_, cells_;
   WeightValues<S> weights_[2];
   BackwardArgs<S> args_{};
-  Scratch<S> scratch_;
+  Scratch scratch_;
   S* zeros_ = nullptr;
   S *next_[2] = {}, *h0_[2] = {}, *c0_[2] = {}, *dh_n_[2] = {}, *widened_[2] = {};
 };
@@ -268,7 +268,7 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   for (size_t i = 0; i < params.size(); ++i) {
     if (output_mask[3 + i]) out.dparams[i] = empty_or_zero(params[i].sizes(), no_steps);
   }
-  with_scalar(layer, [&]<class S>() { BackwardRun<S>(layer, storage, saved, out).run(); });
+  with_types(layer, [&]<class S, class W>() { BackwardRun<S>(layer, storage, saved, out).run(); });
 
   const auto result = [&](const at::Tensor& t) {
     return t.defined() ? as_dtype(t, layer.dtype) : at::empty({0}, x.options());

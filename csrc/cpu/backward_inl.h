@@ -132,7 +132,7 @@ class BackwardChunk {
                                                 bool starting) const {
     const auto fetch_row = [&](int64_t b, int64_t at)
                                __attribute__((always_inline)) { fetch(t, b, at); };
-    dh_product<kTileRows<S, kStepVectors>>(
+    dh_product<kTileRows<Exact<S>, kStepVectors>>(
         u, rows, starting,
         [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
             __attribute__((always_inline)) {

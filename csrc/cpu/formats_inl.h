@@ -10,10 +10,18 @@
 
 FUSEDRNN_ISA_BEGIN
 
+// Rows of a tile: without such instructions, few, as they are slow anyhow and long to compile.
+#ifdef FUSEDRNN_DOT_PRODUCTS
+inline constexpr int kNarrowRows = 6;
+#else
+inline constexpr int kNarrowRows = 2;
+#endif
+
 template <class S>
 struct Exact {
   using Word = S;
   using Sum = S;
+  static constexpr int kMostRows = sizeof(S) == 8 ? 3 : 6;
   static FUSEDRNN_HD Vec<S> add(Vec<S> sum, Vec<S> left, Vec<S> right) {
     return sum + left * right;
   }
@@ -23,7 +31,7 @@ struct Exact {
 struct Bf16 {
   using Word = uint32_t;
   using Sum = float;
-  using Scalar = float;
+  static constexpr int kMostRows = kNarrowRows;
 
   // The lower half of a word comes first in memory and in k.
   static FUSEDRNN_HD Vec<float> add(Vec<float> sum, Vec<Word> left, Vec<Word> right) {
@@ -42,15 +50,31 @@ struct Bf16 {
     return v == v ? round : Vec<Word>{} + 0x7fc0u;
   }
 
+  // The first n lanes (n may exceed them) as bfloat16.
+  static FUSEDRNN_HD void store_half(uint16_t* to, Vec<float> v, int64_t n) {
+    typedef uint16_t Halves __attribute__((vector_size(kLanes<float> * 2)));
+    const Halves halves = __builtin_convertvector(rounded(v), Halves);
+    if (n >= kLanes<float>) {
+      __builtin_memcpy(to, &halves, sizeof(halves));
+    } else {
+      uint16_t lanes[kLanes<float>];
+      __builtin_memcpy(lanes, &halves, sizeof(halves));
+      copy_some(to, lanes, n);
+    }
+  }
+
   // Returns the factor that the row was divided by.
   static FUSEDRNN_HD float write_row(Word* to, const float* from, int64_t columns) {
-    typedef uint16_t Halves __attribute__((vector_size(kLanes<float> * 2)));
-    char* bytes = reinterpret_cast<char*>(to);
     for (int64_t i = 0; i < columns; i += kLanes<float>) {
-      const Halves halves = __builtin_convertvector(rounded(load(from + i, columns - i)), Halves);
-      __builtin_memcpy(bytes + 2 * i, &halves, sizeof(halves));
+      store_half(reinterpret_cast<uint16_t*>(to) + i, load(from + i, columns - i), kLanes<float>);
     }
     return 1.0f;
+  }
+
+  // From values that are bfloat16 already.
+  static FUSEDRNN_HD void copy_row(Word* to, const uint16_t* from, int64_t columns) {
+    __builtin_memcpy(to, from, columns * sizeof(uint16_t));
+    if (columns % 2 != 0) reinterpret_cast<uint16_t*>(to)[columns] = 0;
   }
 };
 
@@ -59,7 +83,7 @@ struct Bf16 {
 struct Int8 {
   using Word = uint32_t;
   using Sum = int32_t;
-  using Scalar = float;
+  static constexpr int kMostRows = kNarrowRows;
   static constexpr int kZero = 128, kMost = 127;
 
   static FUSEDRNN_HD Vec<int32_t> add(Vec<int32_t> sum, Vec<Word> left, Vec<Word> right) {

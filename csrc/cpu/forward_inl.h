@@ -119,9 +119,10 @@ class ForwardChunk {
   void project() const {
     const int64_t rows = schedule_.row0[d_.chunk.end] - first_row_;
     const Range mine = share(rows, slot_.group, slot_.groups);
-    const auto row_at = [&](int64_t row) {
-      return d_.x + io_row(schedule_, first_row_ + row) * sizes_.input;
+    const auto x_offset = [&](int64_t row) {
+      return io_row(schedule_, first_row_ + row) * sizes_.input;
     };
+    const auto row_at = [&](int64_t row) { return d_.x + x_offset(row); };
     const auto fetch = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
       S* gates = d_.gates + row * d_.gates_stride + panel * Panel::blocks * kLanes<S>;
       for (int g = 0; g < kGates; ++g) fetch_to_write(gates + g * hidden_);
@@ -137,8 +138,23 @@ class ForwardChunk {
               tile.sum[r][v] + load(d_.packed.bias + at));
       });
     };
-    multiply_units<kGates>(mine, own_panels_, row_at, d_.packed.input, d_.weights.w_ih,
-                           d_.packed.input_scale, sizes_.hidden, sizes_.input, epilogue);
+    const auto multiply = [&](auto left) __attribute__((always_inline)) {
+      multiply_units<kGates>(mine, own_panels_, left, d_.packed.input, d_.weights.w_ih,
+                             d_.packed.input_scale, sizes_.hidden, sizes_.input, epilogue);
+    };
+    if constexpr (std::is_same_v<F, Bf16>) {
+      if (d_.x_half != nullptr) {
+        for (int64_t row = mine.begin; row < mine.end; ++row) {
+          F::copy_row(words_at(row - mine.begin, sizes_.input), d_.x_half + x_offset(row),
+                      sizes_.input);
+        }
+      } else {
+        write_rows(mine, sizes_.input, row_at);
+      }
+      multiply([&](int64_t row) { return words_at(row - mine.begin, sizes_.input); });
+    } else {
+      multiply(left_rows(mine, sizes_.input, row_at));
+    }
   }
 
   void walk() {
@@ -152,40 +168,54 @@ class ForwardChunk {
 
  private:
   static constexpr int kGates = gate_blocks(kCell);
+  static constexpr bool kExact = std::is_same_v<F, Exact<S>>;
   using Panel = UnitPanel<kGates>;
   using OutputPanel = UnitPanel<1>;
 
+  // The index-th of this thread's rows of k values in words.
+  Word* words_at(int64_t index, int64_t k) const { return words_ + index * words_of<F>(padded(k)); }
+
+  template <class RowAt>
+  FUSEDRNN_HD void write_rows(Range rows, int64_t k, RowAt row_at) const {
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int64_t index = row - rows.begin;
+      factors_[index] = F::write_row(words_at(index, k), row_at(row), k);
+    }
+  }
+
+  // The rows as a product reads them: as they are, or written in words before.
+  template <class RowAt>
+  FUSEDRNN_HD auto left_rows(Range rows, int64_t k, RowAt row_at) const {
+    if constexpr (kExact) {
+      return row_at;
+    } else {
+      write_rows(rows, k, row_at);
+      return [this, rows, k](int64_t row) { return words_at(row - rows.begin, k); };
+    }
+  }
+
   // Products with panels of units, packed, or from the weights as they lie. k counts values.
-  template <int Gates, class RowAt, class Epilogue>
-  FUSEDRNN_HD void multiply_units(Range rows, Range panels, RowAt row_at, const Word* packed,
+  template <int Gates, class Left, class Epilogue>
+  FUSEDRNN_HD void multiply_units(Range rows, Range panels, Left left, const Word* packed,
                                   const Word* weights, const ColumnScale& scale, int64_t units,
                                   int64_t k, Epilogue epilogue, bool from_end = false) const {
     constexpr int vectors = UnitPanel<Gates>::vectors;
-    if constexpr (std::is_same_v<F, Exact<S>>) {
-      if (packed == nullptr) {
-        product_by_unit<Gates, S>(rows, panels, row_at, weights, units, k, epilogue);
+    const int64_t words = words_of<F>(k);
+    const auto values = [&]<int R, int NV>(const Tile<typename F::Sum, R, NV>& tile, int64_t row,
+                                           int64_t panel) __attribute__((always_inline)) {
+      if constexpr (std::is_same_v<typename F::Sum, S>) {
+        epilogue(tile, row, panel);
       } else {
-        product<F, vectors>(rows, panels, row_at, 1, packed, k * vectors * kLanes<S>, k, epilogue,
-                            from_end);
+        epilogue(scaled<Gates>(tile, scale, factors_ + (row - rows.begin), panel, units), row,
+                 panel);
       }
+    };
+    // 8-bit weights are frozen ones, and those are packed.
+    if (!std::is_same_v<F, Int8> && packed == nullptr) {
+      product_by_unit<Gates, F>(rows, panels, left, weights, units, words, values);
     } else {
-      const int64_t stride = words_of<F>(padded(k)), count = words_of<F>(k);
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        const int64_t at = row - rows.begin;
-        factors_[at] = F::write_row(words_ + at * stride, row_at(row), k);
-      }
-      const auto words_at = [&](int64_t row) { return words_ + (row - rows.begin) * stride; };
-      const auto exact = [&]<int R, int NV>(const Tile<typename F::Sum, R, NV>& tile, int64_t row,
-                                            int64_t panel) __attribute__((always_inline)) {
-        if constexpr (std::is_same_v<typename F::Sum, S>) {
-          epilogue(tile, row, panel);
-        } else {
-          epilogue(scaled<Gates>(tile, scale, factors_ + (row - rows.begin), panel, units), row,
-                   panel);
-        }
-      };
-      product<F, vectors>(rows, panels, words_at, 1, packed, count * vectors * kLanes<S>, count,
-                          exact, from_end);
+      product<F, vectors>(rows, panels, left, 1, packed, words * vectors * kLanes<S>, words, values,
+                          from_end);
     }
   }
 
@@ -251,7 +281,11 @@ class ForwardChunk {
     const auto h_prev = [&](int64_t b) { return is_cut(b) ? zeros_ : h_read + b * output_; };
     const auto put_output = [&](int64_t b, int64_t unit, Vec<S> h) __attribute__((always_inline)) {
       store(h_write + b * output_ + unit, h);
-      store(d_.y + io_row(schedule_, row0 + b) * d_.y_stride + unit, h, sizes_.output - unit);
+      const int64_t at = io_row(schedule_, row0 + b) * d_.y_stride + unit;
+      if constexpr (std::is_same_v<F, Bf16>) {
+        if (d_.y_half != nullptr) return F::store_half(d_.y_half + at, h, sizes_.output - unit);
+      }
+      store(d_.y + at, h, sizes_.output - unit);
     };
 
     using CellStep = CellForward<kCell, S>;
@@ -277,7 +311,12 @@ class ForwardChunk {
         if (save_) fetch_to_write(row.cells + unit);
       }
       fetch_to_write(h_write + b * output_ + unit);
-      fetch_to_write(d_.y + io_row(schedule_, row0 + b) * d_.y_stride + unit);
+      const int64_t at = io_row(schedule_, row0 + b) * d_.y_stride + unit;
+      if (d_.y_half != nullptr) {
+        fetch_to_write(d_.y_half + at);
+      } else {
+        fetch_to_write(d_.y + at);
+      }
     };
     const auto apply = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0,
                                           int64_t panel) __attribute__((always_inline)) {
@@ -314,9 +353,9 @@ class ForwardChunk {
         }
       });
     };
-    multiply_units<kGates>(mine, own_panels_, h_prev, d_.packed.recurrent, d_.weights.w_hh,
-                           d_.packed.recurrent_scale, sizes_.hidden, sizes_.output, apply,
-                           turn_ != 0);
+    multiply_units<kGates>(mine, own_panels_, left_rows(mine, sizes_.output, h_prev),
+                           d_.packed.recurrent, d_.weights.w_hh, d_.packed.recurrent_scale,
+                           sizes_.hidden, sizes_.output, apply, turn_ != 0);
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {
         slot_.wait_parts();
@@ -332,8 +371,9 @@ class ForwardChunk {
             }
           }
         };
-        multiply_units<1>(mine, own_output_panels_, h_tilde, d_.packed.projection, d_.weights.w_hr,
-                          d_.packed.projection_scale, sizes_.output, sizes_.hidden, put);
+        multiply_units<1>(mine, own_output_panels_, left_rows(mine, sizes_.hidden, h_tilde),
+                          d_.packed.projection, d_.weights.w_hr, d_.packed.projection_scale,
+                          sizes_.output, sizes_.hidden, put);
       }
     }
     keep_final(t, mine, h_write);

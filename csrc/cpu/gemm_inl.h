@@ -15,8 +15,8 @@ FUSEDRNN_ISA_BEGIN
 
 // Rows of a tile of NV vectors: the sums fill the registers and leave some for the operands.
 // Double is there for proofs more than for speed: lower tiles, less code.
-template <class S, int NV>
-inline constexpr int kTileRows = std::min(FUSEDRNN_ACCUMULATORS / NV, sizeof(S) == 8 ? 3 : 6);
+template <class F, int NV>
+inline constexpr int kTileRows = std::min(FUSEDRNN_ACCUMULATORS / NV, F::kMostRows);
 
 template <class S, int R, int NV>
 struct Tile {
@@ -113,8 +113,7 @@ FUSEDRNN_HD void with_height(int64_t height, F f) {
 // Tiles over rows and panels; row_at(row) points to a row's first element, epilogue(tile, row,
 // panel) takes each finished tile. Tiles are as equal in height as can be: eight rows are four and
 // four, not six and two. from_end: see product_of_row.
-template <class F, int NV, int MostRows = kTileRows<typename F::Word, NV>, class RowAt,
-          class Epilogue>
+template <class F, int NV, int MostRows = kTileRows<F, NV>, class RowAt, class Epilogue>
 FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, int64_t a_step,
                          const typename F::Word* packed, int64_t panel_size, int64_t k,
                          Epilogue epilogue, bool from_end = false) {

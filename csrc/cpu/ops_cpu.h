@@ -18,15 +18,27 @@
 
 namespace fusedrnn {
 
-// Calls f<S>() for the arithmetic of the layer.
+// Whether products read bfloat16 as it is, the state rounded to it at every step, as torch.nn does.
+// Not before a ReLU: a sum near zero, rounded to the other side, changes a gradient altogether.
+inline bool is_narrow(const Layer& layer) {
+  return layer.dtype == at::kBFloat16 && layer.cell != Cell::kRnnRelu;
+}
+
+// Calls f<S, W>() for the arithmetic of the layer and what its products read (recurrence.h).
 template <class F>
-void with_scalar(const Layer& layer, F f) {
+void with_types(const Layer& layer, F f) {
   if (layer.accumulate == at::kDouble) {
-    f.template operator()<double>();
+    f.template operator()<double, double>();
+  } else if (is_narrow(layer)) {
+    f.template operator()<float, uint32_t>();
   } else {
-    f.template operator()<float>();
+    f.template operator()<float, float>();
   }
 }
+
+// Values in one word: bfloat16 comes in pairs.
+template <class S, class W>
+inline constexpr int64_t kPerWord = std::is_same_v<S, W> ? 1 : 2;
 
 // t in another dtype; short calls feel even a conversion that changes nothing.
 inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
@@ -68,10 +80,27 @@ class Values {
   at::Tensor tensor_;
 };
 
-// One direction's parameters in type S.
-template <class S>
+// A weight's rows in words: bfloat16 as it lies, a row of an odd number of values padded.
+class HalfRows {
+ public:
+  HalfRows() = default;
+  explicit HalfRows(const at::Tensor& t)
+      : tensor_((t.size(1) % 2 == 0 ? t : at::constant_pad_nd(t, {0, 1})).contiguous()) {}
+  const uint32_t* data() const {
+    if (!tensor_.defined()) return nullptr;
+    return static_cast<const uint32_t*>(tensor_.const_data_ptr());
+  }
+
+ private:
+  at::Tensor tensor_;
+};
+
+// One direction's parameters in types S and W.
+template <class S, class W = S>
 struct WeightValues {
-  Values<S> w_ih, w_hh, b_ih, b_hh, w_hr;
+  using Matrix = std::conditional_t<std::is_same_v<S, W>, Values<S>, HalfRows>;
+  Matrix w_ih, w_hh, w_hr;
+  Values<S> b_ih, b_hh;
 
   WeightValues() = default;
   WeightValues(const Layer& layer, at::TensorList params, int d)
@@ -80,10 +109,10 @@ struct WeightValues {
       b_ih = Values<S>(layer.param(params, d, 2));
       b_hh = Values<S>(layer.param(params, d, 3));
     }
-    if (layer.sizes.projected) w_hr = Values<S>(layer.param(params, d, layer.has_biases ? 4 : 2));
+    if (layer.sizes.projected) w_hr = Matrix(layer.param(params, d, layer.has_biases ? 4 : 2));
   }
 
-  Weights<S> view() const {
+  Weights<S, W> view() const {
     return {w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data(), w_hr.data()};
   }
 };
@@ -117,6 +146,9 @@ inline Workload workload_of(const Layer& layer, const Schedule& schedule, int pr
           schedule.batch,
           schedule.steps == 0 ? 0 : schedule.row0[schedule.steps],
           layer.accumulate == at::kDouble ? 8 : 4,
+          layer.dtype == at::kBFloat16      ? 2
+          : layer.accumulate == at::kDouble ? 8
+                                            : 4,
           products};
 }
 

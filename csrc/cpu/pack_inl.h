@@ -56,49 +56,44 @@ void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range p
   }
 }
 
-// The lanes of the result are the sums of the vectors' lanes.
-template <class S>
-FUSEDRNN_HD Vec<S> sums_of(Vec<S> (&vectors)[kLanes<S>]) {
-  transpose<S>(vectors);
-#pragma GCC unroll 4
-  for (int step = kLanes<S> / 2; step > 0; step /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < step; ++i) vectors[i] += vectors[i + step];
-  }
-  return vectors[0];
-}
-
 // The products of product() by panels of units, from weights as they lie, row-major (Gates * units,
 // k): for calls so short that packing would cost more than it saves.
-template <int Gates, class S, class RowAt, class Epilogue>
-FUSEDRNN_HD void product_by_unit(Range rows, Range panels, RowAt row_at, const S* weights,
-                                 int64_t units, int64_t k, Epilogue epilogue) {
+template <int Gates, class F, class RowAt, class Epilogue>
+FUSEDRNN_HD void product_by_unit(Range rows, Range panels, RowAt row_at,
+                                 const typename F::Word* weights, int64_t units, int64_t k,
+                                 Epilogue epilogue) {
   using P = UnitPanel<Gates>;
-  constexpr int lanes = kLanes<S>;
+  using Sum = typename F::Sum;
+  constexpr int lanes = kLanes<Sum>;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const S* a = row_at(row);
-      Tile<S, 1, P::vectors> tile;
+      const auto* a = row_at(row);
+      Tile<Sum, 1, P::vectors> tile;
       for (int v = 0; v < P::vectors; ++v) {
         const int64_t unit = (panel * P::blocks + v / Gates) * lanes;
-        const S* w = weights + ((v % Gates) * units + unit) * k;
-        Vec<S> sums[lanes] = {};
+        const auto* w = weights + ((v % Gates) * units + unit) * k;
+        Vec<Sum> sums[lanes] = {};
         if (unit + lanes <= units) {
           int64_t i = 0;
           for (; i + lanes <= k; i += lanes) {
-            const Vec<S> left = load(a + i);
+            const auto left = load(a + i);
 #pragma GCC unroll 16
-            for (int l = 0; l < lanes; ++l) sums[l] += left * load(w + l * k + i);
+            for (int l = 0; l < lanes; ++l) sums[l] = F::add(sums[l], left, load(w + l * k + i));
           }
-          for (; i < k; ++i) {
-            for (int l = 0; l < lanes; ++l) sums[l][0] += a[i] * w[l * k + i];
+          if (i < k) {
+            const auto left = load(a + i, k - i);
+            for (int l = 0; l < lanes; ++l) {
+              sums[l] = F::add(sums[l], left, load(w + l * k + i, k - i));
+            }
           }
         } else {
           for (int64_t l = 0; l < units - unit; ++l) {
-            for (int64_t i = 0; i < k; ++i) sums[l][0] += a[i] * w[l * k + i];
+            for (int64_t i = 0; i < k; i += lanes) {
+              sums[l] = F::add(sums[l], load(a + i, k - i), load(w + l * k + i, k - i));
+            }
           }
         }
-        tile.sum[0][v] = sums_of<S>(sums);
+        tile.sum[0][v] = sums_of<Sum>(sums);
       }
       epilogue(tile, row, panel);
     }

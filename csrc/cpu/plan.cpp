@@ -44,7 +44,7 @@ Plan plan_team(const Workload& work, int threads) {
   }
   if (work.directions == 2 && threads % 2 == 0) plan.directions = 2;
   const int each = threads / plan.directions;
-  const int64_t bytes = static_cast<int64_t>(recurrent) * work.value_size;
+  const int64_t bytes = static_cast<int64_t>(recurrent) * work.weight_size;
   // Parts of the hidden units until a part's weights stay in its core's own cache, or its rows are
   // many; the rest of the threads take groups of rows, which never wait for each other.
   int parts = 1;

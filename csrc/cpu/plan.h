@@ -15,9 +15,10 @@ struct Workload {
   Sizes sizes;
   int directions;
   int64_t batch;
-  int64_t pairs;       // (step, row) pairs
-  int64_t value_size;  // bytes of the arithmetic's type
-  int products;        // per weight, step and row: 1 forward, 3 with backward
+  int64_t pairs;        // (step, row) pairs
+  int64_t value_size;   // bytes of the arithmetic's type
+  int64_t weight_size;  // bytes of a weight
+  int products;         // per weight, step and row: 1 forward, 3 with backward
 };
 
 // Whether a forward call is long enough to pay for packing its weights.

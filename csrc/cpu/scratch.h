@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "cpu/memory.h"
@@ -12,22 +11,30 @@ namespace fusedrnn {
 
 // want() notes a pointer to be set, allocate() sets them all, 64-byte aligned; the memory lives as
 // long as the object.
-template <class S>
 class Scratch {
  public:
-  void want(S** to, int64_t values) {
-    wants_.push_back({to, size_});
-    size_ += (values + kAlign - 1) / kAlign * kAlign;
+  template <class T>
+  void want(T** to, int64_t values) {
+    wants_.push_back(
+        {to,
+         [](void* pointer, char* data) { *static_cast<T**>(pointer) = reinterpret_cast<T*>(data); },
+         size_});
+    size_ += (values * static_cast<int64_t>(sizeof(T)) + kAlign - 1) / kAlign * kAlign;
   }
 
   void allocate() {
-    S* base = static_cast<S*>(block_.emplace(size_ * sizeof(S)).data());
-    for (auto& [to, offset] : wants_) *to = base + offset;
+    char* base = static_cast<char*>(block_.emplace(size_).data());
+    for (const Want& want : wants_) want.set(want.pointer, base + want.offset);
   }
 
  private:
-  static constexpr int64_t kAlign = 64 / sizeof(S);
-  std::vector<std::pair<S**, int64_t>> wants_;
+  static constexpr int64_t kAlign = 64;
+  struct Want {
+    void* pointer;
+    void (*set)(void* pointer, char* data);
+    int64_t offset;
+  };
+  std::vector<Want> wants_;
   int64_t size_ = 0;
   std::optional<Block> block_;
 };

@@ -120,8 +120,7 @@ struct Frozen {
   int value_size;
   PackedWeights<float, W> packed{};
   Rows<W> input, recurrent, projection;  // their scales; the words are gone once packed
-  Scratch<W> words;
-  Scratch<float> biases;
+  Scratch memory;
 
   Frozen(const StreamLayer& layer, WeightFormat format)
       : kernels(kernels_of<W>(format, layer.cell)),
@@ -137,13 +136,12 @@ struct Frozen {
     const auto size = [&](int64_t units, int64_t k) {
       return whole_panels(units) * ((k + each - 1) / each);
     };
-    words.want(&packed.input, gates * size(s.hidden, s.input));
-    words.want(&packed.recurrent, gates * size(s.hidden, s.output));
-    if (s.projected) words.want(&packed.projection, size(s.output, s.hidden));
-    words.allocate();
-    biases.want(&packed.bias, gates * whole_panels(s.hidden));
-    biases.want(&packed.bias_hn, s.hidden_padded());
-    biases.allocate();
+    memory.want(&packed.input, gates * size(s.hidden, s.input));
+    memory.want(&packed.recurrent, gates * size(s.hidden, s.output));
+    if (s.projected) memory.want(&packed.projection, size(s.output, s.hidden));
+    memory.want(&packed.bias, gates * whole_panels(s.hidden));
+    memory.want(&packed.bias_hn, s.hidden_padded());
+    memory.allocate();
     packed.input_scale = input.scale();
     packed.recurrent_scale = recurrent.scale();
     packed.projection_scale = projection.scale();
@@ -205,7 +203,8 @@ class Layer final : public FrozenLayer {
     d.y = y;
     d.chunk = {0, steps, false, true};
     args_.schedule = {steps, batch_, rows_.data(), row0_.data(), nullptr, nullptr};
-    const Workload work = {cell, sizes, 1, batch_, steps * batch_, frozen_->value_size, 1};
+    const Workload work = {
+        cell, sizes, 1, batch_, steps * batch_, sizeof(float), frozen_->value_size, 1};
     const auto plan = [&](int given) { return plan_team(work, given); };
     if constexpr (!std::is_same_v<W, float>) make_words(plan(threads).threads());
     run_team(threads, 1, plan, [&](const Slot& slot) { frozen_->kernels.forward(args_, slot); });
@@ -256,12 +255,10 @@ class Layer final : public FrozenLayer {
     const int64_t row = padded(std::max({sizes.input, sizes.hidden, sizes.output})) / each;
     args_.words_stride = (most_rows * row + 15) / 16 * 16;
     args_.factors_stride = (most_rows + 15) / 16 * 16;
-    Scratch<W>& words = words_.emplace();
+    Scratch& words = words_.emplace();
     words.want(&args_.words, threads * args_.words_stride);
+    words.want(&args_.factors, threads * args_.factors_stride);
     words.allocate();
-    Scratch<float>& factors = factors_.emplace();
-    factors.want(&args_.factors, threads * args_.factors_stride);
-    factors.allocate();
     threads_ = threads;
   }
 
@@ -270,10 +267,9 @@ class Layer final : public FrozenLayer {
   int64_t most_steps_;
   std::vector<int64_t> rows_, row0_;
   ForwardArgs<float, W> args_{};
-  Scratch<float> scratch_;
+  Scratch scratch_;
   float* zeros_ = nullptr;
-  std::optional<Scratch<W>> words_;
-  std::optional<Scratch<float>> factors_;
+  std::optional<Scratch> words_;
   int threads_ = 0;
 };
 

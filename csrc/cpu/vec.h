@@ -35,19 +35,27 @@ FUSEDRNN_HD void store(S* to, Vec<S> v) {
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
+// A call: inlined, its loop would stand at a hundred places.
+template <class S>
+__attribute__((noinline)) void copy_some(S* to, const S* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
 // The first n lanes (n may exceed the lanes); the others read as zero and are not written.
 template <class S>
 FUSEDRNN_HD Vec<S> load(const S* from, int64_t n) {
   if (n >= kLanes<S>) return load(from);
-  Vec<S> v{};
-  for (int64_t i = 0; i < n; ++i) v[i] = from[i];
-  return v;
+  S lanes[kLanes<S>] = {};
+  copy_some(lanes, from, n);
+  return load(lanes);
 }
 
 template <class S>
 FUSEDRNN_HD void store(S* to, Vec<S> v, int64_t n) {
   if (n >= kLanes<S>) return store(to, v);
-  for (int64_t i = 0; i < n; ++i) to[i] = v[i];
+  S lanes[kLanes<S>];
+  store(lanes, v);
+  copy_some(to, lanes, n);
 }
 
 // The line at an address into the cache, to be read, or to be written too.
@@ -91,6 +99,24 @@ FUSEDRNN_HD void transpose_stage(Vec<S> (&rows)[kLanes<S>]) {
 template <class S>
 FUSEDRNN_HD void transpose(Vec<S> (&rows)[kLanes<S>]) {
   transpose_stage<1, S>(rows);
+}
+
+template <int Step, class S>
+FUSEDRNN_HD void add_stage(Vec<S> (&rows)[kLanes<S>]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<S>>();
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<S>; i += 2 * Step) {
+    rows[i] = interleave<Step, false, S>(rows[i], rows[i + Step], lanes) +
+              interleave<Step, true, S>(rows[i], rows[i + Step], lanes);
+  }
+  if constexpr (2 * Step < kLanes<S>) add_stage<2 * Step, S>(rows);
+}
+
+// The lanes of the result are the sums of the rows' lanes: a transposition that adds on the way.
+template <class S>
+FUSEDRNN_HD Vec<S> sums_of(Vec<S> (&rows)[kLanes<S>]) {
+  add_stage<1, S>(rows);
+  return rows[0];
 }
 
 FUSEDRNN_ISA_END
