@@ -74,6 +74,18 @@ struct Sizes {
   int64_t output_padded() const { return padded(output); }
 };
 
+// The word that products read where values are kept as E.
+template <class E>
+struct WordOf {
+  using Word = E;
+};
+template <>
+struct WordOf<uint16_t> {
+  using Word = uint32_t;
+};
+template <class E>
+using Word = typename WordOf<E>::Word;
+
 // One direction's parameters, row-major as torch.nn keeps them, G = gate_blocks.
 template <class S, class W = S>
 struct Weights {
@@ -150,47 +162,49 @@ struct ForwardArgs {
   ForwardDirection<S, W> direction[2];
 };
 
-template <class S>
+template <class S, class E = S>
 struct BackwardDirection {
   bool reverse;
   Chunk chunk;
-  Weights<S> weights;
-  PackedWeights<S> packed;
-  const S* x;  // (io rows, I)
-  const S* y;  // (io rows, y_stride)
+  Weights<S, Word<E>> weights;
+  PackedWeights<S, Word<E>> packed;
+  const E* x;  // (io rows, I)
+  const E* y;  // (io rows, y_stride)
   int64_t y_stride;
-  const S* dy;  // (io rows, dy_stride), or null
+  const E* dy;  // (io rows, dy_stride), or null
   int64_t dy_stride;
-  const S* gates;  // packed rows of the chunk, (., gates_stride)
+  const E* gates;  // packed rows of the chunk, (., gates_stride)
   int64_t gates_stride;
   const S* cells;  // packed rows of the whole sequence, (., cells_stride)
   int64_t cells_stride;
-  const S *h0, *c0;      // (B, Pp), (B, Hp), sorted rows, zeros where not given
+  const E* h0;           // (B, Pp), sorted rows, zeros where not given
+  const S* c0;           // (B, Hp), the same
   const S* dh_n;         // (B, Pp), sorted rows, or null
-  S* dgates;             // packed rows of the chunk, (., saved_blocks * Hp): scratch
-  const S* dgates_next;  // (B, .): dgates of the step walked just before this chunk; null at the
+  E* dgates;             // packed rows of the chunk, (., saved_blocks * Hp): scratch
+  const E* dgates_next;  // (B, .): dgates of the step walked just before this chunk; null at the
                          // first chunk
   S* carry;              // (B, Hp): LSTM dc, GRU dh z; holds dc_n (LSTM) or zeros at first
-  S* dh;                 // packed rows of the chunk, (., Pp): dh before a projection; or null
-  S* h_tilde;            // packed rows of the chunk, (., Hp); or null
+  E* dh;                 // packed rows of the chunk, (., Pp): dh before a projection; or null
+  E* h_tilde;            // packed rows of the chunk, (., Hp); or null
   S *dh0, *dc0;          // (B, P), (B, H), caller's rows; or null: not wanted
   S *dw_ih, *dw_hh;      // like the weights: written at the first chunk, added to at the others; or
   S *db_ih, *db_hh, *dw_hr;  // null: not wanted
   const uint8_t* reset;
 };
 
-template <class S>
+template <class S, class E = S>
 struct BackwardArgs {
   Sizes sizes;
   Schedule schedule;
   int directions;
-  const S* zeros;  // (max(4 Hp, Pp))
-  S* dx;           // (io rows, I); or null: not wanted
-  bool add_dx;     // dx holds zeros, or the other direction's share; else it is written
-  S* panels[2];    // scratch: x and h_prev of a chunk as panels, see gradient_panels_size
-  S* columns;      // scratch: per thread, (chunk rows, kGradientRows)
+  const S* zeros;      // (max(4 Hp, Pp))
+  S* dx;               // (io rows, I); or null: not wanted
+  bool add_dx;         // dx holds zeros, or the other direction's share; else it is written
+  const E** previous;  // scratch: where the states that entered a chunk's steps lie
+  Word<E>* panels[2];  // scratch: x and those states as panels, k counting words of rows
+  Word<E>* columns;    // scratch: per thread, (words of chunk rows, kGradientRows)
   int64_t columns_stride;
-  BackwardDirection<S> direction[2];
+  BackwardDirection<S, E> direction[2];
 };
 
 // How many rows of a weight's gradient one thread works on at a time.

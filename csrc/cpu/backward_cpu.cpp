@@ -27,10 +27,20 @@ struct GradientTensors {
 
 template <class S>
 S* data_or_null(const at::Tensor& t) {
-  return t.defined() ? t.mutable_data_ptr<S>() : nullptr;
+  return t.defined() ? data_of<S>(t) : nullptr;
 }
 
-template <class S>
+template <class S, class E>
+auto backward_kernel(Cell cell) {
+  const Isa& isa = current_isa();
+  if constexpr (std::is_same_v<S, E>) {
+    return isa.table<S>().backward[static_cast<int>(cell)];
+  } else {
+    return isa.bf16.backward[static_cast<int>(cell)];
+  }
+}
+
+template <class S, class E>
 class BackwardRun {
  public:
   BackwardRun(const Layer& layer, const ScheduleStorage& storage, const BackwardInputs& in,
@@ -41,14 +51,14 @@ class BackwardRun {
         hidden_(layer.sizes.hidden_padded()),
         output_(layer.sizes.output_padded()),
         width_(saved_blocks(layer.cell) * hidden_),
-        direct_(in.gates.scalar_type() == at::CppTypeToScalarType<S>::value),
+        direct_(in.gates.scalar_type() == kDtype<E>),
         work_(workload_of(layer, schedule_, 3)),
         bounds_(chunk_bounds(schedule_, work_)),
         most_rows_(chunk_rows(schedule_, bounds_)),
         x_(in.layer.x),
         y_(in.y),
         dy_(in.dy),
-        gates_(direct_ ? Values<S>(in.gates) : Values<S>()),
+        gates_(direct_ ? Values<E>(in.gates) : Values<E>()),
         cells_(in.cells) {
     args_.sizes = layer.sizes;
     args_.schedule = schedule_;
@@ -61,7 +71,7 @@ class BackwardRun {
   }
 
   void run() {
-    const auto kernel = current_isa().table<S>().backward[static_cast<int>(layer_.cell)];
+    const auto kernel = backward_kernel<S, E>(layer_.cell);
     const int64_t chunks = static_cast<int64_t>(bounds_.size()) - 1;
     for (int64_t i = 0; i < chunks; ++i) {
       for (int d = 0; d < layer_.directions; ++d) enter_chunk(d, i);
@@ -75,12 +85,12 @@ class BackwardRun {
 
  private:
   void describe(int d, const ScheduleStorage& storage, const GradientTensors& out) {
-    BackwardDirection<S>& dir = args_.direction[d];
+    BackwardDirection<S, E>& dir = args_.direction[d];
     const Sizes& sizes = layer_.sizes;
     const auto gradient = [&](int index) {
       return data_or_null<S>(out.dparams[d * layer_.params_per_direction + index]);
     };
-    weights_[d] = WeightValues<S>(layer_, in_.layer.params, d);
+    weights_[d] = WeightValues<S, E>(layer_, in_.layer.params, d);
     dir.reverse = d == 1;
     dir.weights = weights_[d].view();
     dir.x = x_.data();
@@ -111,15 +121,18 @@ class BackwardRun {
     const int64_t gates = gate_blocks(layer_.cell) * hidden_;
     const int threads = plan_team(work_, at::get_num_threads()).threads();
     scratch_.want(&zeros_, zero_count());
-    scratch_.want(&args_.panels[0], most_rows_ * whole_panels(sizes.input));
-    scratch_.want(&args_.panels[1],
-                  most_rows_ * whole_panels(std::max(sizes.output, sizes.hidden)));
-    args_.columns_stride = most_rows_ * kGradientRows;
+    const int64_t row_words = words_of<E>(most_rows_);
+    scratch_.want(&args_.previous, most_rows_);
+    scratch_.want(&args_.panels[0], row_words * whole_panels(sizes.input));
+    scratch_.want(&args_.panels[1], row_words * whole_panels(std::max(sizes.output, sizes.hidden)));
+    args_.columns_stride = row_words * kGradientRows;
     scratch_.want(&args_.columns, threads * args_.columns_stride);
     for (int d = 0; d < layer_.directions; ++d) {
-      BackwardDirection<S>& dir = args_.direction[d];
-      if (args_.dx != nullptr) scratch_.want(&dir.packed.input, gates * whole_panels(sizes.input));
-      scratch_.want(&dir.packed.recurrent, gates * whole_panels(sizes.output));
+      BackwardDirection<S, E>& dir = args_.direction[d];
+      if (args_.dx != nullptr) {
+        scratch_.want(&dir.packed.input, words_of<E>(gates) * whole_panels(sizes.input));
+      }
+      scratch_.want(&dir.packed.recurrent, words_of<E>(gates) * whole_panels(sizes.output));
       scratch_.want(&dir.dgates, most_rows_ * width_);
       scratch_.want(&next_[d], layer_.batch * width_);
       scratch_.want(&dir.carry, layer_.batch * hidden_);
@@ -128,7 +141,7 @@ class BackwardRun {
       if (in_.dh_n) scratch_.want(&dh_n_[d], layer_.batch * output_);
       if (!direct_) scratch_.want(&widened_[d], most_rows_ * width_);
       if (sizes.projected) {
-        scratch_.want(&dir.packed.projection, sizes.output * whole_panels(hidden_));
+        scratch_.want(&dir.packed.projection, words_of<E>(sizes.output) * whole_panels(hidden_));
         scratch_.want(&dir.dh, most_rows_ * output_);
         scratch_.want(&dir.h_tilde, most_rows_ * hidden_);
       }
@@ -137,20 +150,21 @@ class BackwardRun {
     std::fill(zeros_, zeros_ + zero_count(), S(0));
     args_.zeros = zeros_;
     // Its tails are read, though never used: they should not hold NaN or denormals.
-    std::fill(args_.columns, args_.columns + threads * args_.columns_stride, S(0));
+    std::fill(args_.columns, args_.columns + threads * args_.columns_stride, Word<E>(0));
   }
 
   int64_t zero_count() const { return std::max(4 * hidden_, output_); }
 
   void fill_states() {
-    const Values<S> h0(in_.layer.h0), c0(in_.layer.c0), dh_n(in_.dh_n), dc_n(in_.dc_n);
+    const Values<E> h0(in_.layer.h0);
+    const Values<S> c0(in_.layer.c0), dh_n(in_.dh_n), dc_n(in_.dc_n);
     const int64_t outputs = layer_.batch * layer_.sizes.output;
     const int64_t units = layer_.batch * layer_.sizes.hidden;
-    const auto part = [](const Values<S>& v, int64_t at) {
-      return v.data() == nullptr ? nullptr : v.data() + at;
+    const auto part = [](const auto& v, int64_t at) {
+      return v.data() == nullptr ? v.data() : v.data() + at;
     };
     for (int d = 0; d < layer_.directions; ++d) {
-      BackwardDirection<S>& dir = args_.direction[d];
+      BackwardDirection<S, E>& dir = args_.direction[d];
       fill_state(h0_[d], part(h0, d * outputs), layer_.sizes.output, schedule_);
       dir.h0 = h0_[d];
       fill_state(dir.carry, part(dc_n, d * units), layer_.sizes.hidden, schedule_);
@@ -166,7 +180,7 @@ class BackwardRun {
   }
 
   void enter_chunk(int d, int64_t index) {
-    BackwardDirection<S>& dir = args_.direction[d];
+    BackwardDirection<S, E>& dir = args_.direction[d];
     dir.chunk = chunk_of(bounds_, index, dir.reverse, true);
     dir.dgates_next = next_[d];
     const int64_t first = schedule_.row0[dir.chunk.begin];
@@ -176,15 +190,15 @@ class BackwardRun {
       return;
     }
     const int64_t rows = schedule_.row0[dir.chunk.end] - first;
-    at::from_blob(widened_[d], {rows, width_}, at::CppTypeToScalarType<S>::value)
+    at::from_blob(widened_[d], {rows, width_}, kDtype<E>)
         .copy_(in_.gates.narrow(0, first, rows).select(1, d));
     dir.gates = widened_[d];
   }
 
   // Keeps the gradients that the next chunk's first step still needs.
-  void leave_chunk(const BackwardDirection<S>& dir, S* next) const {
+  void leave_chunk(const BackwardDirection<S, E>& dir, E* next) const {
     const int64_t t = dir.reverse ? dir.chunk.end - 1 : dir.chunk.begin;
-    const S* from = dir.dgates + (schedule_.row0[t] - schedule_.row0[dir.chunk.begin]) * width_;
+    const E* from = dir.dgates + (schedule_.row0[t] - schedule_.row0[dir.chunk.begin]) * width_;
     std::copy(from, from + schedule_.rows[t] * width_, next);
   }
 
@@ -197,12 +211,14 @@ class BackwardRun {
   const Workload work_;
   const std::vector<int64_t> bounds_;
   const int64_t most_rows_;
-  const Values<S> x_, y_, dy_, gates_, cells_;
-  WeightValues<S> weights_[2];
-  BackwardArgs<S> args_{};
+  const Values<E> x_, y_, dy_, gates_;
+  const Values<S> cells_;
+  WeightValues<S, E> weights_[2];
+  BackwardArgs<S, E> args_{};
   Scratch scratch_;
   S* zeros_ = nullptr;
-  S *next_[2] = {}, *h0_[2] = {}, *c0_[2] = {}, *dh_n_[2] = {}, *widened_[2] = {};
+  E *next_[2] = {}, *h0_[2] = {}, *widened_[2] = {};
+  S *c0_[2] = {}, *dh_n_[2] = {};
 };
 
 void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask) {
@@ -268,7 +284,8 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   for (size_t i = 0; i < params.size(); ++i) {
     if (output_mask[3 + i]) out.dparams[i] = empty_or_zero(params[i].sizes(), no_steps);
   }
-  with_types(layer, [&]<class S, class W>() { BackwardRun<S>(layer, storage, saved, out).run(); });
+  with_types(layer,
+             [&]<class S, class E>() { BackwardRun<S, E>(layer, storage, saved, out).run(); });
 
   const auto result = [&](const at::Tensor& t) {
     return t.defined() ? as_dtype(t, layer.dtype) : at::empty({0}, x.options());

@@ -8,10 +8,10 @@
 
 FUSEDRNN_ISA_BEGIN
 
-template <Cell kCell, class S>
+template <Cell kCell, class S, class E>
 class BackwardChunk {
  public:
-  BackwardChunk(const BackwardArgs<S>& args, const BackwardDirection<S>& direction,
+  BackwardChunk(const BackwardArgs<S, E>& args, const BackwardDirection<S, E>& direction,
                 const Slot& slot)
       : sizes_(args.sizes),
         schedule_(args.schedule),
@@ -27,21 +27,24 @@ class BackwardChunk {
 
   // W_hh by output column, W_hr by hidden unit: this thread's panels, or its group's share of them.
   void pack() const {
-    const Weights<S>& w = d_.weights;
-    const int64_t k = kRecurrentBlocks * hidden_;
-    const Range rows = share(k, slot_.group, slot_.groups);
-    pack_by_column<kStepVectors>(d_.packed.recurrent, sizes_.output, k, rows, own_output_panels_,
-                                 [&](int64_t i) -> const S* {
-                                   const int64_t unit = i % hidden_;
-                                   const int gate = kBlocks.hidden_gate[i / hidden_];
-                                   if (unit >= sizes_.hidden) return nullptr;
-                                   return w.w_hh + (gate * sizes_.hidden + unit) * sizes_.output;
-                                 });
+    const auto& w = d_.weights;
+    const int64_t k = words_of<F>(kRecurrentBlocks * hidden_);
+    pack_by_column<kStepVectors, F>(
+        d_.packed.recurrent, sizes_.output, k, share(k, slot_.group, slot_.groups),
+        own_output_panels_, [&](int64_t i) -> const E* {
+          const int64_t unit = i % hidden_;
+          const int gate = kBlocks.hidden_gate[i / hidden_];
+          return unit < sizes_.hidden
+                     ? weight_row<F, E>(w.w_hh, gate * sizes_.hidden + unit, sizes_.output)
+                     : nullptr;
+        });
     if (sizes_.projected) {
-      pack_by_column<kStepVectors>(d_.packed.projection, sizes_.hidden, sizes_.output,
-                                   share(sizes_.output, slot_.group, slot_.groups),
-                                   own_hidden_panels_,
-                                   [&](int64_t i) { return w.w_hr + i * sizes_.hidden; });
+      const int64_t outputs = words_of<F>(sizes_.output);
+      pack_by_column<kStepVectors, F>(
+          d_.packed.projection, sizes_.hidden, outputs, share(outputs, slot_.group, slot_.groups),
+          own_hidden_panels_, [&](int64_t i) -> const E* {
+            return i < sizes_.output ? weight_row<F, E>(w.w_hr, i, sizes_.hidden) : nullptr;
+          });
     }
   }
 
@@ -57,18 +60,19 @@ class BackwardChunk {
   }
 
  private:
+  using F = FormatOf<E>;
   static constexpr GradientBlocks kBlocks = gradient_blocks(kCell);
   static constexpr int kRecurrentBlocks = kBlocks.gates;
   static constexpr int kWidth = kStepVectors * kLanes<S>;
   // Off the hot path low tiles are enough: less code, faster to compile.
-  static constexpr int kSideRows = 3;
+  static constexpr int kSideRows = std::min(3, F::kMostRows);
 
-  S* dgates(int64_t packed_row) const {
+  E* dgates(int64_t packed_row) const {
     return d_.dgates + (packed_row - first_row_) * (kBlocks.count * hidden_);
   }
 
   // dgates of step u, which was walked just before, in this chunk or at the end of the last one.
-  const S* dgates_of(int64_t u, int64_t b) const {
+  const E* dgates_of(int64_t u, int64_t b) const {
     if (u >= d_.chunk.begin && u < d_.chunk.end) return dgates(schedule_.row0[u] + b);
     return d_.dgates_next + b * (kBlocks.count * hidden_);
   }
@@ -97,29 +101,29 @@ class BackwardChunk {
   // and for `starting` rows, whose last step it was: nothing comes from later steps.
   template <int MostRows, class Epilogue>
   FUSEDRNN_HD void dh_product(int64_t u, Range rows, bool starting, Epilogue epilogue) const {
-    const int64_t k = kRecurrentBlocks * hidden_;
+    const int64_t k = words_of<F>(kRecurrentBlocks * hidden_);
     const auto row_at = [&](int64_t b) {
-      return starting || is_reset(d_.reset, schedule_, u, b) ? zeros_ : dgates_of(u, b);
+      const bool none = starting || is_reset(d_.reset, schedule_, u, b);
+      return as_words<E>(none ? zeros() : dgates_of(u, b));
     };
-    product<Exact<S>, kStepVectors, MostRows>(rows, own_output_panels_, row_at, 1,
-                                              d_.packed.recurrent, k * kWidth, starting ? 0 : k,
-                                              epilogue, u % 2 != 0);
+    product<F, kStepVectors, MostRows>(rows, own_output_panels_, row_at, 1, d_.packed.recurrent,
+                                       k * kWidth, starting ? 0 : k, epilogue, u % 2 != 0);
   }
 
   FUSEDRNN_HD Vec<S> outer_gradient(int64_t t, int64_t b, int64_t unit, bool starting) const {
     Vec<S> dh{};
     if (d_.dy != nullptr) {
       const int64_t row = io_row(schedule_, schedule_.row0[t] + b);
-      dh = load(d_.dy + row * d_.dy_stride + unit, sizes_.output - unit);
+      dh = read(d_.dy + row * d_.dy_stride + unit, sizes_.output - unit);
     }
     if (starting && d_.dh_n != nullptr) dh += load(d_.dh_n + b * output_ + unit);
     return dh;
   }
 
   // f(b, unit, sum) for every vector of the tile that lies within `limit` units.
-  template <int R, int NV, class F>
+  template <int R, int NV, class Visit>
   static FUSEDRNN_HD void each(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel, int64_t limit,
-                               F f) {
+                               Visit f) {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < NV; ++v) {
         const int64_t unit = panel * kWidth + v * kLanes<S>;
@@ -132,7 +136,7 @@ class BackwardChunk {
                                                 bool starting) const {
     const auto fetch_row = [&](int64_t b, int64_t at)
                                __attribute__((always_inline)) { fetch(t, b, at); };
-    dh_product<kTileRows<Exact<S>, kStepVectors>>(
+    dh_product<kTileRows<F, kStepVectors>>(
         u, rows, starting,
         [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
             __attribute__((always_inline)) {
@@ -152,11 +156,11 @@ class BackwardChunk {
 
   // Where the cell's gradient at step t of sorted row b reads and writes.
   struct Row {
-    S* dgates;
-    const S* gates;  // LSTM, GRU
-    const S* prev;   // LSTM: c_prev; GRU: h_prev
-    const S* state;  // LSTM: c; RNN: h
-    S* carry;        // LSTM, GRU
+    E* dgates;
+    const E* gates;       // LSTM, GRU
+    const S *c_prev, *c;  // LSTM
+    const E* h;           // GRU: h_prev; RNN: h
+    S* carry;             // LSTM, GRU
   };
 
   FUSEDRNN_HD Row row_of(int64_t t, int64_t b) const {
@@ -164,21 +168,21 @@ class BackwardChunk {
     Row row{};
     row.dgates = dgates(packed_row);
     if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
-      row.state = d_.y + io_row(schedule_, packed_row) * d_.y_stride;
+      row.h = d_.y + io_row(schedule_, packed_row) * d_.y_stride;
     } else {
       const int64_t before = previous_row(schedule_, d_.reverse, t, b);
       const bool cut = is_reset(d_.reset, schedule_, t, b);
       row.gates = d_.gates + (packed_row - first_row_) * d_.gates_stride;
       row.carry = d_.carry + b * hidden_;
       if constexpr (kCell == Cell::kLstm) {
-        row.state = d_.cells + packed_row * d_.cells_stride;
-        row.prev = cut           ? zeros_
-                   : before >= 0 ? d_.cells + before * d_.cells_stride
-                                 : d_.c0 + b * hidden_;
+        row.c = d_.cells + packed_row * d_.cells_stride;
+        row.c_prev = cut           ? zeros_
+                     : before >= 0 ? d_.cells + before * d_.cells_stride
+                                   : d_.c0 + b * hidden_;
       } else {
-        row.prev = cut           ? zeros_
-                   : before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride
-                                 : d_.h0 + b * output_;
+        row.h = cut           ? zeros()
+                : before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride
+                              : d_.h0 + b * output_;
       }
     }
     return row;
@@ -187,32 +191,32 @@ class BackwardChunk {
   FUSEDRNN_HD void cell_gradient(int64_t t, int64_t u, int64_t b, int64_t unit, Vec<S> dh) const {
     const Row row = row_of(t, b);
     const auto put = [&](int block, Vec<S> value) __attribute__((always_inline)) {
-      store(row.dgates + block * hidden_ + unit, value);
+      write(row.dgates + block * hidden_ + unit, value);
     };
     if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
       using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
-      put(0, Activation::backward(load(row.state + unit, sizes_.hidden - unit), dh));
+      put(0, Activation::backward(read(row.h + unit, sizes_.hidden - unit), dh));
     } else {
-      const S* g = row.gates + unit;
-      const Vec<S> g0 = load(g), g1 = load(g + hidden_), g2 = load(g + 2 * hidden_),
-                   g3 = load(g + 3 * hidden_);
+      const E* g = row.gates + unit;
+      const Vec<S> g0 = read(g), g1 = read(g + hidden_), g2 = read(g + 2 * hidden_),
+                   g3 = read(g + 3 * hidden_);
       const bool cut_after = b < rows_at(schedule_, u) && is_reset(d_.reset, schedule_, u, b);
       const Vec<S> carried = cut_after ? Vec<S>{} : load(row.carry + unit);
       if constexpr (kCell == Cell::kLstm) {
         const LstmGradient<Vec<S>> s =
-            lstm_backward(LstmGates<Vec<S>>{g0, g1, g2, g3}, load(row.prev + unit),
-                          load(row.state + unit), dh, carried);
+            lstm_backward(LstmGates<Vec<S>>{g0, g1, g2, g3}, load(row.c_prev + unit),
+                          load(row.c + unit), dh, carried);
         put(0, s.dgates.i);
         put(1, s.dgates.f);
         put(2, s.dgates.g);
         put(3, s.dgates.o);
         store(row.carry + unit, s.dc_prev);
         if (d_.h_tilde != nullptr) {
-          store(d_.h_tilde + (schedule_.row0[t] + b - first_row_) * hidden_ + unit, s.h_tilde);
+          write(d_.h_tilde + (schedule_.row0[t] + b - first_row_) * hidden_ + unit, s.h_tilde);
         }
       } else {
         const GruGradient<Vec<S>> s =
-            gru_backward(g0, g1, g2, g3, load(row.prev + unit, sizes_.hidden - unit), dh + carried);
+            gru_backward(g0, g1, g2, g3, read(row.h + unit, sizes_.hidden - unit), dh + carried);
         put(0, s.dh_n);
         put(1, s.da_r);
         put(2, s.da_z);
@@ -230,8 +234,11 @@ class BackwardChunk {
         fetch_to_write(row.dgates + block * hidden_ + unit);
         if (row.gates != nullptr) fetch_to_read(row.gates + block * hidden_ + unit);
       }
-      for (const S* values : {row.prev, row.state}) {
-        if (values != nullptr) fetch_to_read(values + unit);
+      if constexpr (kCell == Cell::kLstm) {
+        fetch_to_read(row.c_prev + unit);
+        fetch_to_read(row.c + unit);
+      } else {
+        fetch_to_read(row.h + unit);
       }
       if (row.carry != nullptr) fetch_to_write(row.carry + unit);
       if (d_.dy != nullptr) {
@@ -249,7 +256,7 @@ class BackwardChunk {
         [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
           each(tile, b0, panel, output_,
                [&](int64_t b, int64_t unit, Vec<S> sum) __attribute__((always_inline)) {
-                 store(d_.dh + (row0 + b) * output_ + unit,
+                 write(d_.dh + (row0 + b) * output_ + unit,
                        sum + outer_gradient(t, b, unit, starting));
                });
         });
@@ -258,10 +265,10 @@ class BackwardChunk {
   __attribute__((noinline)) void cell_gradients_of_projection(int64_t t, int64_t u,
                                                               Range rows) const {
     const int64_t row0 = schedule_.row0[t] - first_row_;
-    const auto row_at = [&](int64_t b) { return d_.dh + (row0 + b) * output_; };
-    product<Exact<S>, kStepVectors, kSideRows>(
-        rows, own_hidden_panels_, row_at, 1, d_.packed.projection, sizes_.output * kWidth,
-        sizes_.output,
+    const auto row_at = [&](int64_t b) { return as_words<E>(d_.dh + (row0 + b) * output_); };
+    const int64_t k = words_of<F>(sizes_.output);
+    product<F, kStepVectors, kSideRows>(
+        rows, own_hidden_panels_, row_at, 1, d_.packed.projection, k * kWidth, k,
         [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
           each(tile, b0, panel, hidden_,
                [&](int64_t b, int64_t unit, Vec<S> sum)
@@ -297,7 +304,10 @@ class BackwardChunk {
 
   const Sizes& sizes_;
   const Schedule& schedule_;
-  const BackwardDirection<S>& d_;
+  // The same zeros as values of type E.
+  const E* zeros() const { return reinterpret_cast<const E*>(zeros_); }
+
+  const BackwardDirection<S, E>& d_;
   const Slot& slot_;
   const S* const zeros_;
   const int64_t hidden_, output_;  // padded

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/vec.h"
+#include "recurrence.h"
 
 FUSEDRNN_ISA_BEGIN
 
@@ -25,6 +26,7 @@ struct Exact {
   static FUSEDRNN_HD Vec<S> add(Vec<S> sum, Vec<S> left, Vec<S> right) {
     return sum + left * right;
   }
+  static FUSEDRNN_HD S total(S word) { return word; }
 };
 
 // `count` rows of `columns` values each written in words, `stride` words apart.
@@ -43,6 +45,11 @@ struct Bf16 {
 #endif
   }
 
+  // The sum of a word's values.
+  static FUSEDRNN_HD float total(Word word) {
+    return __builtin_bit_cast(float, word << 16) + __builtin_bit_cast(float, word & 0xffff0000u);
+  }
+
   // Rounded to nearest even; NaN stays NaN.
   static FUSEDRNN_HD Vec<Word> rounded(Vec<float> v) {
     const Vec<Word> bits = (Vec<Word>)v;
@@ -50,10 +57,19 @@ struct Bf16 {
     return v == v ? round : Vec<Word>{} + 0x7fc0u;
   }
 
+  typedef uint16_t Halves __attribute__((vector_size(kLanes<float> * 2)));
+
+  static FUSEDRNN_HD Halves halves_of(Vec<float> v) {
+#ifdef FUSEDRNN_DOT_PRODUCTS
+    return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    return __builtin_convertvector(rounded(v), Halves);
+#endif
+  }
+
   // The first n lanes (n may exceed them) as bfloat16.
   static FUSEDRNN_HD void store_half(uint16_t* to, Vec<float> v, int64_t n) {
-    typedef uint16_t Halves __attribute__((vector_size(kLanes<float> * 2)));
-    const Halves halves = __builtin_convertvector(rounded(v), Halves);
+    const Halves halves = halves_of(v);
     if (n >= kLanes<float>) {
       __builtin_memcpy(to, &halves, sizeof(halves));
     } else {
@@ -138,6 +154,49 @@ inline constexpr int kValuesPerWord = std::is_same_v<F, Bf16>   ? 2
 template <class F>
 constexpr int64_t words_of(int64_t columns) {
   return (columns + kValuesPerWord<F> - 1) / kValuesPerWord<F>;
+}
+
+// ---- values kept as E: float, double or bfloat16 ------------------------------------------------
+
+template <class E>
+using FormatOf = std::conditional_t<std::is_same_v<E, uint16_t>, Bf16, Exact<E>>;
+
+// The bits of n values, n <= lanes, each in a word of its own.
+FUSEDRNN_HD Vec<uint32_t> load_bits(const uint16_t* from, int64_t n) {
+  uint16_t values[kLanes<float>] = {};
+  if (n >= kLanes<float>) {
+    __builtin_memcpy(values, from, sizeof(values));
+  } else {
+    copy_some(values, from, n);
+  }
+  Bf16::Halves halves;
+  __builtin_memcpy(&halves, values, sizeof(halves));
+  return __builtin_convertvector(halves, Vec<uint32_t>);
+}
+
+// The first n values (n may exceed the lanes), the others zero.
+template <class S>
+FUSEDRNN_HD Vec<S> read(const S* from, int64_t n = kLanes<S>) {
+  return load(from, n);
+}
+FUSEDRNN_HD Vec<float> read(const uint16_t* from, int64_t n = kLanes<float>) {
+  return (Vec<float>)(load_bits(from, n) << 16);
+}
+
+template <class S>
+FUSEDRNN_HD void write(S* to, Vec<S> v) {
+  store(to, v);
+}
+FUSEDRNN_HD void write(uint16_t* to, Vec<float> v) { Bf16::store_half(to, v, kLanes<float>); }
+
+// A padded row as products read it, and row `row` of a weight of `columns` columns.
+template <class E>
+const Word<E>* as_words(const E* row) {
+  return reinterpret_cast<const Word<E>*>(row);
+}
+template <class F, class E>
+const E* weight_row(const Word<E>* weight, int64_t row, int64_t columns) {
+  return reinterpret_cast<const E*>(weight + row * words_of<F>(columns));
 }
 
 FUSEDRNN_ISA_END

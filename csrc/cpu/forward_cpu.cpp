@@ -10,29 +10,24 @@ namespace {
 
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Kernels and words, by what products read.
-template <class S, class W>
+template <class S, class E>
 auto forward_kernel(Cell cell) {
   const Isa& isa = current_isa();
-  if constexpr (std::is_same_v<S, W>) {
+  if constexpr (std::is_same_v<S, E>) {
     return isa.table<S>().forward[static_cast<int>(cell)];
   } else {
     return isa.bf16.forward[static_cast<int>(cell)];
   }
 }
 
-const uint16_t* half_data(const at::Tensor& t) {
-  return static_cast<const uint16_t*>(t.const_data_ptr());
-}
-
-template <class S, class W>
+template <class S, class E>
 void run_forward(const Layer& layer, const ScheduleStorage& storage, const LayerInputs& in,
                  const at::Tensor& y, const at::Tensor& h_n, const at::Tensor& c_n,
                  const at::Tensor& gates, const at::Tensor& cells) {
   const Sizes& sizes = layer.sizes;
   const Schedule& schedule = storage.view;
   const bool save = gates.numel() > 0;
-  const bool direct = gates.scalar_type() == at::CppTypeToScalarType<S>::value;
+  const bool direct = gates.scalar_type() == kDtype<S>;
   const int64_t hidden = sizes.hidden_padded(), output = sizes.output_padded();
   const int64_t gates_width = saved_blocks(layer.cell) * hidden;
   const int64_t input_gates = gate_blocks(layer.cell) * whole_panels(hidden);
@@ -40,14 +35,11 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   const std::vector<int64_t> bounds = chunk_bounds(schedule, work);
   const int64_t most_rows = chunk_rows(schedule, bounds);
 
-  constexpr bool narrow = !std::is_same_v<S, W>;
-  constexpr int64_t per_word = kPerWord<S, W>;
-  const auto words_of = [](int64_t k) { return (k + per_word - 1) / per_word; };
-  const at::Tensor half_x = narrow ? in.x.contiguous() : at::Tensor();
-  const Values<S> x = narrow ? Values<S>() : Values<S>(in.x);
+  constexpr bool narrow = !std::is_same_v<S, E>;
+  const Values<E> x(in.x);
   const Values<S> h0(in.h0), c0(in.c0);
-  WeightValues<S, W> weights[2];
-  ForwardArgs<S, W> args{};
+  WeightValues<S, E> weights[2];
+  ForwardArgs<S, Word<E>> args{};
   args.sizes = sizes;
   args.schedule = schedule;
   args.directions = layer.directions;
@@ -58,16 +50,16 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   const int64_t zero_count = std::max(4 * hidden, output);
   scratch.want(&zeros, zero_count);
   for (int d = 0; d < layer.directions; ++d) {
-    ForwardDirection<S, W>& dir = args.direction[d];
-    weights[d] = WeightValues<S, W>(layer, in.params, d);
+    ForwardDirection<S, Word<E>>& dir = args.direction[d];
+    weights[d] = WeightValues<S, E>(layer, in.params, d);
     dir.reverse = d == 1;
     dir.weights = weights[d].view();
     if constexpr (narrow) {
-      dir.x_half = half_data(half_x);
-      dir.y_half = static_cast<uint16_t*>(y.mutable_data_ptr()) + d * sizes.output;
+      dir.x_half = x.data();
+      dir.y_half = data_of<E>(y) + d * sizes.output;
     } else {
       dir.x = x.data();
-      dir.y = y.mutable_data_ptr<S>() + d * sizes.output;
+      dir.y = data_of<E>(y) + d * sizes.output;
     }
     dir.y_stride = layer.directions * sizes.output;
     dir.h_n = h_n.mutable_data_ptr<S>() + d * layer.batch * sizes.output;
@@ -76,10 +68,10 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     dir.cells_stride = layer.directions * hidden;
     if (save && has_cell_state(layer.cell)) dir.cells = cells.mutable_data_ptr<S>() + d * hidden;
     if (worth_packing(work)) {
-      scratch.want(&dir.packed.input, input_gates * words_of(sizes.input));
-      scratch.want(&dir.packed.recurrent, input_gates * words_of(sizes.output));
+      scratch.want(&dir.packed.input, input_gates * words_of<E>(sizes.input));
+      scratch.want(&dir.packed.recurrent, input_gates * words_of<E>(sizes.output));
       if (sizes.projected) {
-        scratch.want(&dir.packed.projection, whole_panels(output) * words_of(sizes.hidden));
+        scratch.want(&dir.packed.projection, whole_panels(output) * words_of<E>(sizes.hidden));
       }
     }
     scratch.want(&dir.packed.bias, input_gates);
@@ -94,7 +86,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     const int threads = plan_team(work, at::get_num_threads()).threads();
     args.factors_stride = padded(most_rows);
     args.words_stride =
-        most_rows * words_of(padded(std::max({sizes.input, sizes.hidden, sizes.output})));
+        most_rows * words_of<E>(padded(std::max({sizes.input, sizes.hidden, sizes.output})));
     scratch.want(&args.factors, threads * args.factors_stride);
     scratch.want(&args.words, threads * args.words_stride);
   }
@@ -102,7 +94,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   std::fill(zeros, zeros + zero_count, S(0));
   args.zeros = zeros;
   for (int d = 0; d < layer.directions; ++d) {
-    ForwardDirection<S, W>& dir = args.direction[d];
+    ForwardDirection<S, Word<E>>& dir = args.direction[d];
     const int64_t h_size = layer.batch * sizes.output, c_size = layer.batch * sizes.hidden;
     for (S* h : dir.h) {
       fill_state(h, h0.data() ? h0.data() + d * h_size : nullptr, sizes.output, schedule);
@@ -112,11 +104,11 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     }
   }
 
-  const auto kernel = forward_kernel<S, W>(layer.cell);
+  const auto kernel = forward_kernel<S, E>(layer.cell);
   const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1;
   for (int64_t i = 0; i < chunks; ++i) {
     for (int d = 0; d < layer.directions; ++d) {
-      ForwardDirection<S, W>& dir = args.direction[d];
+      ForwardDirection<S, Word<E>>& dir = args.direction[d];
       dir.chunk = chunk_of(bounds, i, dir.reverse, false);
       if (save && direct) {
         dir.gates = gates.mutable_data_ptr<S>() +
@@ -128,7 +120,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
         [&](int threads) { return plan_team(work, threads); },
         [&](const Slot& slot) { kernel(args, slot); });
     for (int d = 0; d < layer.directions; ++d) {
-      ForwardDirection<S, W>& dir = args.direction[d];
+      ForwardDirection<S, Word<E>>& dir = args.direction[d];
       dir.turn ^= (dir.chunk.end - dir.chunk.begin) & 1;
       if (save && !direct) {
         const int64_t first = schedule.row0[dir.chunk.begin];
@@ -192,8 +184,8 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
     if (save_gates) gates.narrow(0, valid, layer.rows - valid).zero_();
     if (save_cells) cells.narrow(0, valid, layer.rows - valid).zero_();
   }
-  with_types(layer, [&]<class S, class W>() {
-    run_forward<S, W>(layer, storage, in, y, h_n, c_n, gates, cells);
+  with_types(layer, [&]<class S, class E>() {
+    run_forward<S, E>(layer, storage, in, y, h_n, c_n, gates, cells);
   });
   return {as_dtype(y, layer.dtype), as_dtype(h_n, layer.dtype), as_dtype(c_n, layer.dtype), gates,
           cells};

@@ -13,11 +13,11 @@ FUSEDRNN_ISA_BEGIN
 // k is cut so that a block of a panel stays in a private cache while all rows pass by.
 inline constexpr int64_t kBlockK = 512;
 
-template <class S>
+template <class S, class E>
 class ChunkGradients {
  public:
-  ChunkGradients(Cell cell, const BackwardArgs<S>& args, const BackwardDirection<S>& direction,
-                 const Slot& slot)
+  ChunkGradients(Cell cell, const BackwardArgs<S, E>& args,
+                 const BackwardDirection<S, E>& direction, const Slot& slot)
       : blocks_(gradient_blocks(cell)),
         args_(args),
         sizes_(args.sizes),
@@ -28,72 +28,93 @@ class ChunkGradients {
         output_(sizes_.output_padded()),
         first_row_(schedule_.row0[d_.chunk.begin]),
         rows_(schedule_.row0[d_.chunk.end] - first_row_),
+        words_(words_of<F>(rows_)),
         columns_(args.columns + slot.thread * args.columns_stride) {}
 
   // W_ih by input column, for dx.
   void pack() const {
     if (args_.dx == nullptr) return;
-    const int64_t k = blocks_.gates * hidden_;
-    pack_by_column<kChunkVectors>(
+    const int64_t k = words_of<F>(blocks_.gates * hidden_);
+    pack_by_column<kChunkVectors, F>(
         d_.packed.input, sizes_.input, k, share(k, slot_.thread, slot_.threads),
-        Range{0, panel_count<S>(sizes_.input, kChunkVectors)}, [&](int64_t i) -> const S* {
+        Range{0, panel_count<S>(sizes_.input, kChunkVectors)}, [&](int64_t i) -> const E* {
           const int64_t unit = i % hidden_;
           if (unit >= sizes_.hidden) return nullptr;
-          return d_.weights.w_ih + (i / hidden_ * sizes_.hidden + unit) * sizes_.input;
+          return weight_row<F, E>(d_.weights.w_ih, i / hidden_ * sizes_.hidden + unit,
+                                  sizes_.input);
         });
   }
 
   void accumulate() const {
-    const Range mine = share(rows_, slot_.thread, slot_.threads);
-    if (d_.dw_ih != nullptr)
-      pack_rows(0, sizes_.input, mine, [&](int64_t row) { return x_at(row); });
+    const Range words = share(words_, slot_.thread, slot_.threads);
+    if (d_.dw_ih != nullptr) {
+      pack_rows(0, sizes_.input, words, [&](int64_t row) { return x_at(row); });
+    }
     if (d_.dw_hh != nullptr) {
-      for (int64_t t = d_.chunk.begin; t < d_.chunk.end; ++t) pack_previous(t, mine);
+      find_previous({words.begin * kValues, std::min(words.end * kValues, rows_)});
+      pack_rows(1, sizes_.output, words, [&](int64_t row) { return args_.previous[row]; });
     }
     slot_.wait_team();
     weight_gradients();
     if (d_.dw_hr != nullptr) {
       slot_.wait_team();
-      pack_rows(1, sizes_.hidden, mine, [&](int64_t row) { return d_.h_tilde + row * hidden_; });
+      pack_rows(1, sizes_.hidden, words, [&](int64_t row) { return d_.h_tilde + row * hidden_; });
       slot_.wait_team();
       projection_gradient();
     }
-    if (args_.dx != nullptr) input_gradient(mine);
+    if (args_.dx != nullptr) input_gradient(share(rows_, slot_.thread, slot_.threads));
     slot_.wait_team();
   }
 
  private:
+  using F = FormatOf<E>;
+  using W = Word<E>;
+  static constexpr int64_t kValues = kValuesPerWord<F>;
   static constexpr int64_t kWidth = kChunkVectors * kLanes<S>;
 
-  const S* x_at(int64_t row) const {
+  const E* x_at(int64_t row) const {
     return d_.x + io_row(schedule_, first_row_ + row) * sizes_.input;
   }
 
+  // Rows of the chunk as panels, k being the rows; the last word is filled up with zeros.
   template <class RowAt>
-  void pack_rows(int which, int64_t columns, Range rows, RowAt row_at) const {
-    pack_by_column<kChunkVectors>(args_.panels[which], columns, rows_, rows,
-                                  Range{0, panel_count<S>(columns, kChunkVectors)}, row_at);
+  void pack_rows(int which, int64_t columns, Range words, RowAt row_at) const {
+    pack_by_column<kChunkVectors, F>(
+        args_.panels[which], columns, words_, words,
+        Range{0, panel_count<S>(columns, kChunkVectors)},
+        [&](int64_t row) -> const E* { return row < rows_ ? row_at(row) : nullptr; });
   }
 
-  // The states that entered step t, as far as they lie in `mine`.
-  void pack_previous(int64_t t, Range mine) const {
-    const int64_t row0 = schedule_.row0[t] - first_row_;
-    const Range rows = {std::max(mine.begin, row0), std::min(mine.end, row0 + schedule_.rows[t])};
-    if (rows.size() <= 0) return;
-    pack_rows(1, sizes_.output, rows, [&](int64_t row) -> const S* {
-      const int64_t b = row - row0;
-      if (is_reset(d_.reset, schedule_, t, b)) return nullptr;
+  // Where the states lie that entered the steps of the chunk's rows `mine`; null: zeros.
+  void find_previous(Range mine) const {
+    int64_t t = d_.chunk.begin;
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+      const int64_t packed_row = first_row_ + row;
+      while (packed_row >= schedule_.row0[t + 1]) ++t;
+      const int64_t b = packed_row - schedule_.row0[t];
       const int64_t before = previous_row(schedule_, d_.reverse, t, b);
-      return before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride : d_.h0 + b * output_;
-    });
+      args_.previous[row] = is_reset(d_.reset, schedule_, t, b) ? nullptr
+                            : before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride
+                                          : d_.h0 + b * output_;
+    }
   }
 
   // Copies `width` columns of `from`, over all rows of the chunk, to this thread's scratch.
-  void take_columns(const S* from, int64_t stride, int64_t width) const {
-    constexpr int64_t ahead = 16, line = 64 / sizeof(S);
-    for (int64_t row = 0; row < rows_; ++row, from += stride) {
-      for (int64_t i = 0; i < width; i += line) fetch_to_read(from + ahead * stride + i);
-      std::copy(from, from + width, columns_ + row * kGradientRows);
+  void take_columns(const E* from, int64_t stride, int64_t width) const {
+    constexpr int64_t ahead = 16, line = 64 / sizeof(E);
+    for (int64_t row = 0; row < rows_; row += kValues, from += kValues * stride) {
+      for (int64_t r = 0; r < kValues; ++r) {
+        for (int64_t i = 0; i < width; i += line) fetch_to_read(from + (ahead + r) * stride + i);
+      }
+      W* to = columns_ + row / kValues * kGradientRows;
+      if constexpr (kValues == 1) {
+        std::copy(from, from + width, to);
+      } else {
+        const E* second = row + 1 < rows_ ? from + stride : nullptr;
+        for (int64_t i = 0; i < width; ++i) {
+          to[i] = from[i] | (second == nullptr ? W{0} : static_cast<W>(second[i]) << 16);
+        }
+      }
     }
   }
 
@@ -102,8 +123,9 @@ class ChunkGradients {
 
   void add_sums(S* to, int64_t width) const {
     S sums[kGradientRows] = {};
-    for (int64_t row = 0; row < rows_; ++row) {
-      for (int64_t i = 0; i < kGradientRows; ++i) sums[i] += columns_[row * kGradientRows + i];
+    for (int64_t word = 0; word < words_; ++word) {
+      for (int64_t i = 0; i < kGradientRows; ++i)
+        sums[i] += F::total(columns_[word * kGradientRows + i]);
     }
     for (int64_t i = 0; i < width; ++i) to[i] = before(to + i) + sums[i];
   }
@@ -121,9 +143,9 @@ class ChunkGradients {
       for (int r = 0; r < R; ++r) with_next_tile(rows, panels, row + R + r, panel, fetch);
       put_tile(tile, panel, n, !d_.chunk.first, [&](int r) { return to + (row + r) * n; });
     };
-    product<Exact<S>, kChunkVectors>(
+    product<F, kChunkVectors>(
         rows, panels, [&](int64_t r) { return columns_ + r; }, kGradientRows, args_.panels[which],
-        rows_ * kWidth, rows_, epilogue);
+        words_ * kWidth, words_, epilogue);
   }
 
   template <int R, int NV, class RowAt>
@@ -180,50 +202,53 @@ class ChunkGradients {
   }
 
   void input_gradient(Range rows) const {
-    const int64_t all = blocks_.gates * hidden_;
-    const S* dgates = d_.dgates + blocks_.input_begin() * hidden_;
+    const int64_t all = words_of<F>(blocks_.gates * hidden_);
+    const E* dgates = d_.dgates + blocks_.input_begin() * hidden_;
     for (int64_t k = 0; k < all; k += kBlockK) {
-      const auto row_at = [&](int64_t row) { return dgates + row * (blocks_.count * hidden_) + k; };
+      const auto row_at = [&](int64_t row) {
+        return as_words<E>(dgates + row * (blocks_.count * hidden_)) + k;
+      };
       const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
                                                int64_t panel) __attribute__((always_inline)) {
         put_tile(tile, panel, sizes_.input, args_.add_dx || k > 0, [&](int r) {
           return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
         });
       };
-      product<Exact<S>, kChunkVectors>(rows, Range{0, panel_count<S>(sizes_.input, kChunkVectors)},
-                                       row_at, 1, d_.packed.input + k * kWidth, all * kWidth,
-                                       std::min(kBlockK, all - k), epilogue);
+      product<F, kChunkVectors>(rows, Range{0, panel_count<S>(sizes_.input, kChunkVectors)}, row_at,
+                                1, d_.packed.input + k * kWidth, all * kWidth,
+                                std::min(kBlockK, all - k), epilogue);
     }
   }
 
   const GradientBlocks blocks_;
-  const BackwardArgs<S>& args_;
+  const BackwardArgs<S, E>& args_;
   const Sizes& sizes_;
   const Schedule& schedule_;
-  const BackwardDirection<S>& d_;
+  const BackwardDirection<S, E>& d_;
   const Slot& slot_;
   const int64_t hidden_, output_;   // padded
   const int64_t first_row_, rows_;  // packed, of the chunk
-  S* const columns_;
+  const int64_t words_;             // of rows_ values
+  W* const columns_;
 };
 
-template <Cell kCell, class S>
-void backward_chunk(const BackwardArgs<S>& args, const Slot& slot) {
+template <Cell kCell, class S, class E = S>
+void backward_chunk(const BackwardArgs<S, E>& args, const Slot& slot) {
   if (args.direction[0].chunk.first) {
     for (int i = slot.direction_begin; i < slot.direction_end; ++i) {
-      BackwardChunk<kCell, S>(args, args.direction[i], slot).pack();
+      BackwardChunk<kCell, S, E>(args, args.direction[i], slot).pack();
     }
     for (int i = 0; i < args.directions; ++i) {
-      ChunkGradients<S>(kCell, args, args.direction[i], slot).pack();
+      ChunkGradients<S, E>(kCell, args, args.direction[i], slot).pack();
     }
     slot.wait_team();
   }
   for (int i = slot.direction_begin; i < slot.direction_end; ++i) {
-    BackwardChunk<kCell, S>(args, args.direction[i], slot).walk();
+    BackwardChunk<kCell, S, E>(args, args.direction[i], slot).walk();
   }
   slot.wait_team();
   for (int i = 0; i < args.directions; ++i) {
-    ChunkGradients<S>(kCell, args, args.direction[i], slot).accumulate();
+    ChunkGradients<S, E>(kCell, args, args.direction[i], slot).accumulate();
   }
 }
 

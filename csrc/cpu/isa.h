@@ -24,6 +24,8 @@ struct KernelTable {
 struct NarrowTable {
   void (*pack[kCells])(const ForwardArgs<float, uint32_t>&, const Slot&);
   void (*forward[kCells])(const ForwardArgs<float, uint32_t>&, const Slot&);
+  // bfloat16, but for ReLU; else null
+  void (*backward[kCells])(const BackwardArgs<float, uint16_t>&, const Slot&);
 };
 
 struct Isa {

@@ -26,10 +26,19 @@ constexpr KernelTable<S> kernel_table() {
 
 template <class F>
 constexpr NarrowTable narrow_table() {
-  return {{forward_pack<Cell::kLstm, float, F>, forward_pack<Cell::kGru, float, F>,
-           forward_pack<Cell::kRnnTanh, float, F>, forward_pack<Cell::kRnnRelu, float, F>},
-          {forward_chunk<Cell::kLstm, float, F>, forward_chunk<Cell::kGru, float, F>,
-           forward_chunk<Cell::kRnnTanh, float, F>, forward_chunk<Cell::kRnnRelu, float, F>}};
+  NarrowTable table = {
+      {forward_pack<Cell::kLstm, float, F>, forward_pack<Cell::kGru, float, F>,
+       forward_pack<Cell::kRnnTanh, float, F>, forward_pack<Cell::kRnnRelu, float, F>},
+      {forward_chunk<Cell::kLstm, float, F>, forward_chunk<Cell::kGru, float, F>,
+       forward_chunk<Cell::kRnnTanh, float, F>, forward_chunk<Cell::kRnnRelu, float, F>},
+      {}};
+  if constexpr (std::is_same_v<F, Bf16>) {
+    table.backward[static_cast<int>(Cell::kLstm)] = backward_chunk<Cell::kLstm, float, uint16_t>;
+    table.backward[static_cast<int>(Cell::kGru)] = backward_chunk<Cell::kGru, float, uint16_t>;
+    table.backward[static_cast<int>(Cell::kRnnTanh)] =
+        backward_chunk<Cell::kRnnTanh, float, uint16_t>;
+  }
+  return table;
 }
 
 FUSEDRNN_ISA_END

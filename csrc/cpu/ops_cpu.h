@@ -24,21 +24,30 @@ inline bool is_narrow(const Layer& layer) {
   return layer.dtype == at::kBFloat16 && layer.cell != Cell::kRnnRelu;
 }
 
-// Calls f<S, W>() for the arithmetic of the layer and what its products read (recurrence.h).
+// Calls f<S, E>() for the arithmetic of the layer and what its values are kept in (recurrence.h).
 template <class F>
 void with_types(const Layer& layer, F f) {
   if (layer.accumulate == at::kDouble) {
     f.template operator()<double, double>();
   } else if (is_narrow(layer)) {
-    f.template operator()<float, uint32_t>();
+    f.template operator()<float, uint16_t>();
   } else {
     f.template operator()<float, float>();
   }
 }
 
-// Values in one word: bfloat16 comes in pairs.
-template <class S, class W>
-inline constexpr int64_t kPerWord = std::is_same_v<S, W> ? 1 : 2;
+// Words of k values kept as E.
+template <class E>
+constexpr int64_t words_of(int64_t k) {
+  constexpr int64_t each = sizeof(Word<E>) / sizeof(E);
+  return (k + each - 1) / each;
+}
+
+// bfloat16 is uint16_t to the kernels.
+template <class T>
+inline constexpr at::ScalarType kDtype = at::CppTypeToScalarType<T>::value;
+template <>
+inline constexpr at::ScalarType kDtype<uint16_t> = at::kBFloat16;
 
 // t in another dtype; short calls feel even a conversion that changes nothing.
 inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
@@ -64,42 +73,46 @@ inline at::Tensor zero_tensor(at::IntArrayRef shape, const at::TensorOptions& op
   return empty_tensor(shape, options).zero_();
 }
 
-// The tensor as contiguous values of type S; holds on to the memory.
-template <class S>
+template <class T>
+T* data_of(const at::Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// The tensor as contiguous values of type T; holds on to the memory.
+template <class T>
 class Values {
  public:
   Values() = default;
-  explicit Values(const at::Tensor& t)
-      : tensor_(as_dtype(t, at::CppTypeToScalarType<S>::value).contiguous()) {}
+  explicit Values(const at::Tensor& t) : tensor_(as_dtype(t, kDtype<T>).contiguous()) {}
   explicit Values(const OptionalTensor& t) {
     if (t) *this = Values(*t);
   }
-  const S* data() const { return tensor_.defined() ? tensor_.const_data_ptr<S>() : nullptr; }
-
- private:
-  at::Tensor tensor_;
-};
-
-// A weight's rows in words: bfloat16 as it lies, a row of an odd number of values padded.
-class HalfRows {
- public:
-  HalfRows() = default;
-  explicit HalfRows(const at::Tensor& t)
-      : tensor_((t.size(1) % 2 == 0 ? t : at::constant_pad_nd(t, {0, 1})).contiguous()) {}
-  const uint32_t* data() const {
-    if (!tensor_.defined()) return nullptr;
-    return static_cast<const uint32_t*>(tensor_.const_data_ptr());
+  const T* data() const {
+    return tensor_.defined() ? static_cast<const T*>(tensor_.const_data_ptr()) : nullptr;
   }
 
  private:
   at::Tensor tensor_;
 };
 
-// One direction's parameters in types S and W.
-template <class S, class W = S>
+// A weight in words: bfloat16 as it lies, a row of an odd number of values padded.
+template <class E>
+class Matrix {
+ public:
+  Matrix() = default;
+  explicit Matrix(const at::Tensor& t)
+      : values_(t.size(1) * sizeof(E) % sizeof(Word<E>) == 0 ? t : at::constant_pad_nd(t, {0, 1})) {
+  }
+  const Word<E>* data() const { return reinterpret_cast<const Word<E>*>(values_.data()); }
+
+ private:
+  Values<E> values_;
+};
+
+// One direction's parameters: weights as E, biases as S.
+template <class S, class E>
 struct WeightValues {
-  using Matrix = std::conditional_t<std::is_same_v<S, W>, Values<S>, HalfRows>;
-  Matrix w_ih, w_hh, w_hr;
+  Matrix<E> w_ih, w_hh, w_hr;
   Values<S> b_ih, b_hh;
 
   WeightValues() = default;
@@ -109,10 +122,10 @@ struct WeightValues {
       b_ih = Values<S>(layer.param(params, d, 2));
       b_hh = Values<S>(layer.param(params, d, 3));
     }
-    if (layer.sizes.projected) w_hr = Matrix(layer.param(params, d, layer.has_biases ? 4 : 2));
+    if (layer.sizes.projected) w_hr = Matrix<E>(layer.param(params, d, layer.has_biases ? 4 : 2));
   }
 
-  Weights<S, W> view() const {
+  Weights<S, Word<E>> view() const {
     return {w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data(), w_hr.data()};
   }
 };

@@ -100,19 +100,30 @@ FUSEDRNN_HD void product_by_unit(Range rows, Range panels, RowAt row_at,
   }
 }
 
-// From rows of `columns` values to panels by column: [panel][k][Vectors][lanes]. row_at(i), for i
-// in `rows` out of k, points to row i, or is null for a row of zeros.
-template <int Vectors, class S, class RowAt>
-void pack_by_column(S* packed, int64_t columns, int64_t k, Range rows, Range panels, RowAt row_at) {
-  constexpr int lanes = kLanes<S>;
+// From rows of `columns` values to panels by column: [panel][k][Vectors][lanes], k and `rows`
+// counting words. row_at(i) points to row i of values, or is null for a row of zeros.
+template <int Vectors, class F, class RowAt>
+void pack_by_column(typename F::Word* packed, int64_t columns, int64_t k, Range rows, Range panels,
+                    RowAt row_at) {
+  using W = typename F::Word;
+  constexpr int lanes = kLanes<W>;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    S* to = packed + panel * (k * Vectors * lanes);
+    W* to = packed + panel * (k * Vectors * lanes);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const S* from = row_at(i);
+      const auto* from = row_at(kValuesPerWord<F> * i);
+      [[maybe_unused]] const auto* second = from;
+      if constexpr (kValuesPerWord<F> == 2) second = row_at(2 * i + 1);
       for (int v = 0; v < Vectors; ++v) {
         const int64_t column = (panel * Vectors + v) * lanes;
-        store(to + (i * Vectors + v) * lanes,
-              from == nullptr ? Vec<S>{} : load(from + column, columns - column));
+        const int64_t valid = columns - column;
+        Vec<W> word{};
+        if constexpr (kValuesPerWord<F> == 1) {
+          if (from != nullptr) word = load(from + column, valid);
+        } else {
+          if (from != nullptr) word = load_bits(from + column, valid);
+          if (second != nullptr) word |= load_bits(second + column, valid) << 16;
+        }
+        store(to + (i * Vectors + v) * lanes, word);
       }
     }
   }

@@ -249,6 +249,7 @@ void check(const Case& c, const KernelTable<double>& table) {
   Values back_projection(P * whole(Hp));
   Values x_panels(pairs * whole(c.input)), h_panels(pairs * whole(std::max(P, H)));
   Values columns(c.plan.threads() * pairs * kGradientRows);
+  std::vector<const double*> previous(pairs);
   BackwardArgs<double> backward{};
   backward.sizes = p.sizes;
   backward.schedule = schedule;
@@ -256,6 +257,7 @@ void check(const Case& c, const KernelTable<double>& table) {
   backward.zeros = zeros.data();
   backward.dx = dx.data();
   backward.add_dx = add_dx;
+  backward.previous = previous.data();
   backward.panels[0] = x_panels.data();
   backward.panels[1] = h_panels.data();
   backward.columns = columns.data();
