@@ -137,7 +137,9 @@ struct ForwardDirection {
   uint16_t* y_half;        // the same in place of y
   S* gates;  // packed rows of the chunk, (., gates_stride): projected gates, then what is saved
   int64_t gates_stride;  // >= saved_blocks * Hp
-  S* cells;              // packed rows of the whole sequence, (., cells_stride), or null; LSTM
+  uint16_t* saved_half;  // bfloat16: where it is saved instead, (., saved_stride); or null
+  int64_t saved_stride;
+  S* cells;  // packed rows of the whole sequence, (., cells_stride), or null; LSTM
   int64_t cells_stride;
   S* h[2];   // (B, Pp), sorted rows: the state, read from and written to in turns; both hold h0 at
              // first

@@ -65,6 +65,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     dir.h_n = h_n.mutable_data_ptr<S>() + d * layer.batch * sizes.output;
     dir.reset = storage.reset_of(d);
     dir.gates_stride = save && direct ? layer.directions * gates_width : gates_width;
+    dir.saved_stride = layer.directions * gates_width;
     dir.cells_stride = layer.directions * hidden;
     if (save && has_cell_state(layer.cell)) dir.cells = cells.mutable_data_ptr<S>() + d * hidden;
     if (worth_packing(work)) {
@@ -110,9 +111,11 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     for (int d = 0; d < layer.directions; ++d) {
       ForwardDirection<S, Word<E>>& dir = args.direction[d];
       dir.chunk = chunk_of(bounds, i, dir.reverse, false);
-      if (save && direct) {
-        dir.gates = gates.mutable_data_ptr<S>() +
-                    (schedule.row0[dir.chunk.begin] * layer.directions + d) * gates_width;
+      const int64_t at = (schedule.row0[dir.chunk.begin] * layer.directions + d) * gates_width;
+      if (save && narrow) {
+        dir.saved_half = data_of<uint16_t>(gates) + at;
+      } else if (save && direct) {
+        dir.gates = data_of<S>(gates) + at;
       }
     }
     run_team(
@@ -122,7 +125,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     for (int d = 0; d < layer.directions; ++d) {
       ForwardDirection<S, Word<E>>& dir = args.direction[d];
       dir.turn ^= (dir.chunk.end - dir.chunk.begin) & 1;
-      if (save && !direct) {
+      if (save && !direct && !narrow) {
         const int64_t first = schedule.row0[dir.chunk.begin];
         const int64_t rows = schedule.row0[dir.chunk.end] - first;
         gates.narrow(0, first, rows)

@@ -9,7 +9,7 @@ FUSEDRNN_ISA_BEGIN
 
 // Adds the pre-activations' two halves, applies the cell, stores what the step leaves behind, in
 // the two halves of cell_math.h. `at` is an offset into a padded row of hidden units.
-template <Cell kCell, class S>
+template <Cell kCell, class S, class E>
 struct CellForward {
   static constexpr int gates = gate_blocks(kCell);
   using V = Vec<S>;
@@ -17,7 +17,8 @@ struct CellForward {
   bool save;
   const S* bias_hn;  // GRU
   struct Row {
-    S* gates;        // in: W_ih x + biases; out: what is saved
+    const S* gates;  // W_ih x + biases
+    E* saved;        // what backward needs, in the place of gates where it has their type
     S* cells;        // or null
     const S* state;  // LSTM: c_prev; GRU: h_prev
     S* c;            // LSTM
@@ -28,14 +29,14 @@ struct CellForward {
   };
 
   FUSEDRNN_HD Half begin(const V* sum, const Row& row, int64_t at) const {
-    S* g = row.gates + at;
+    const S* g = row.gates + at;
     if constexpr (kCell == Cell::kLstm) {
       const LstmGates<V> a = {sum[0] + load(g), sum[1] + load(g + stride),
                               sum[2] + load(g + 2 * stride), sum[3] + load(g + 3 * stride)};
       const LstmState<V> s = lstm_state(a, load(row.state + at));
       store(row.c + at, s.c);
       if (save) {
-        store_blocks(g, s.gates.i, s.gates.f, s.gates.g, s.gates.o);
+        store_blocks(row.saved + at, s.gates.i, s.gates.f, s.gates.g, s.gates.o);
         store(row.cells + at, s.c);
       }
       return {s.c, s.gates.o};
@@ -43,7 +44,7 @@ struct CellForward {
       const V h_n = sum[2] + load(bias_hn + at);
       const GruGates<V> s =
           gru_gates(sum[0] + load(g), sum[1] + load(g + stride), load(g + 2 * stride), h_n);
-      if (save) store_blocks(g, s.r, s.z, s.a_n, h_n);  // n takes the place of a_n
+      if (save) store_blocks(row.saved + at, s.r, s.z, s.a_n, h_n);  // n takes the place of a_n
       return {s.a_n, s.z};
     } else {
       return {sum[0] + load(g), V{}};
@@ -56,7 +57,7 @@ struct CellForward {
       return lstm_output(half.gate, half.inner);
     } else if constexpr (kCell == Cell::kGru) {
       const GruState<V> s = gru_state(half.inner, half.gate, load(row.state + at));
-      if (save) store(row.gates + at + 2 * stride, s.n);
+      if (save) write(row.saved + at + 2 * stride, s.n);
       return s.h;
     } else {
       using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
@@ -64,11 +65,11 @@ struct CellForward {
     }
   }
 
-  FUSEDRNN_HD void store_blocks(S* g, Vec<S> v0, Vec<S> v1, Vec<S> v2, Vec<S> v3) const {
-    store(g, v0);
-    store(g + stride, v1);
-    store(g + 2 * stride, v2);
-    store(g + 3 * stride, v3);
+  FUSEDRNN_HD void store_blocks(E* g, Vec<S> v0, Vec<S> v1, Vec<S> v2, Vec<S> v3) const {
+    write(g, v0);
+    write(g + stride, v1);
+    write(g + 2 * stride, v2);
+    write(g + 3 * stride, v3);
   }
 };
 
@@ -169,6 +170,7 @@ class ForwardChunk {
  private:
   static constexpr int kGates = gate_blocks(kCell);
   static constexpr bool kExact = std::is_same_v<F, Exact<S>>;
+  using Saved = std::conditional_t<kExact, S, uint16_t>;
   using Panel = UnitPanel<kGates>;
   using OutputPanel = UnitPanel<1>;
 
@@ -288,11 +290,18 @@ class ForwardChunk {
       store(d_.y + at, h, sizes_.output - unit);
     };
 
-    using CellStep = CellForward<kCell, S>;
+    using CellStep = CellForward<kCell, S, Saved>;
     const CellStep cell = {hidden_, save_, d_.packed.bias_hn};
     const auto row_of = [&](int64_t b) __attribute__((always_inline)) {
       typename CellStep::Row row{};
-      row.gates = d_.gates + (row0 - first_row_ + b) * d_.gates_stride;
+      const int64_t chunk_row = row0 - first_row_ + b;
+      S* gates = d_.gates + chunk_row * d_.gates_stride;
+      row.gates = gates;
+      if constexpr (kExact) {
+        row.saved = gates;
+      } else if (save_) {
+        row.saved = d_.saved_half + chunk_row * d_.saved_stride;
+      }
       if constexpr (kCell == Cell::kLstm) {
         row.c = d_.c + b * hidden_;
         row.state = is_cut(b) ? zeros_ : row.c;
@@ -305,7 +314,10 @@ class ForwardChunk {
     const auto fetch = [&](int64_t b, int64_t panel) __attribute__((always_inline)) {
       const int64_t unit = panel * Panel::blocks * kLanes<S>;
       const auto row = row_of(b);
-      for (int g = 0; g < kGates; ++g) fetch_to_write(row.gates + g * hidden_ + unit);
+      for (int g = 0; g < kGates; ++g) {
+        fetch_to_write(d_.gates + (row0 - first_row_ + b) * d_.gates_stride + g * hidden_ + unit);
+        if (!kExact && save_) fetch_to_write(row.saved + g * hidden_ + unit);
+      }
       if constexpr (kCell == Cell::kLstm) {
         fetch_to_write(row.c + unit);
         if (save_) fetch_to_write(row.cells + unit);

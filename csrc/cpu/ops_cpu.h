@@ -49,9 +49,27 @@ inline constexpr at::ScalarType kDtype = at::CppTypeToScalarType<T>::value;
 template <>
 inline constexpr at::ScalarType kDtype<uint16_t> = at::kBFloat16;
 
-// t in another dtype; short calls feel even a conversion that changes nothing.
+template <class To, class From>
+at::Tensor converted(const at::Tensor& t, at::ScalarType dtype) {
+  at::Tensor result = at::empty(t.sizes(), t.options().dtype(dtype));
+  const auto* from = static_cast<const From*>(t.const_data_ptr());
+  std::copy(from, from + t.numel(), static_cast<To*>(result.mutable_data_ptr()));
+  return result;
+}
+
+// t in another dtype. Short calls feel even a conversion that changes nothing, and the dispatcher
+// where there are a few values.
 inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : t.to(dtype);
+  if (t.scalar_type() == dtype) return t;
+  if (t.numel() <= 1024 && t.is_contiguous()) {
+    if (t.scalar_type() == at::kBFloat16 && dtype == at::kFloat) {
+      return converted<float, c10::BFloat16>(t, dtype);
+    }
+    if (t.scalar_type() == at::kFloat && dtype == at::kBFloat16) {
+      return converted<c10::BFloat16, float>(t, dtype);
+    }
+  }
+  return t.to(dtype);
 }
 
 // at::empty, its memory from the pool where it is large; resizable like any other.
