@@ -1,6 +1,7 @@
 // Everyday autograd: a node in C++, as a Function in Python takes a sixth of a short training step.
 #include "autograd.h"
 
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -67,6 +68,10 @@ bool everyday(const variable_list& cotangents) {
          std::none_of(cotangents.begin(), cotangents.end(), batched);
 }
 
+// The tensor with an axis of one step, or of one direction and layer, in front, or without it.
+at::Tensor lifted(const at::Tensor& t) { return t.defined() ? t.unsqueeze(0) : t; }
+at::Tensor lowered(const at::Tensor& t) { return t.defined() ? t.squeeze(0) : t; }
+
 struct Saved {
   std::string mode;
   bool has_biases, bidirectional;
@@ -121,10 +126,14 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
   static variable_list forward(AutogradContext* ctx, const std::string& mode, const at::Tensor& x,
                                const OptionalTensor& h0, const OptionalTensor& c0,
                                at::TensorList params, const LayerInputs& in, bool has_biases,
-                               bool bidirectional) {
+                               bool bidirectional, bool one_step) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto whole = [&](const OptionalTensor& t) {
+      return one_step && t ? OptionalTensor(lifted(*t)) : t;
+    };
     auto [y, h_n, c_n, gates, cells] =
-        forward_op()(mode, x, in.lengths, in.batch_sizes, in.reset, h0, c0, params, has_biases,
-                     bidirectional, /*save=*/true);
+        forward_op()(mode, *whole(x), in.lengths, in.batch_sizes, in.reset, whole(h0), whole(c0),
+                     params, has_biases, bidirectional, /*save=*/true);
     variable_list saved = {x,
                            tensor_or_undefined(in.lengths),
                            tensor_or_undefined(in.batch_sizes),
@@ -139,17 +148,25 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
     ctx->saved_data["mode"] = mode;
     ctx->saved_data["has_biases"] = has_biases;
     ctx->saved_data["bidirectional"] = bidirectional;
+    ctx->saved_data["one_step"] = one_step;
     ctx->set_materialize_grads(false);
+    if (one_step) {
+      h_n = lowered(h_n);
+      if (mode == "LSTM") c_n = lowered(c_n);
+    }
     if (mode != "LSTM") ctx->mark_non_differentiable({c_n});
+    if (one_step) return {h_n, c_n};
     return {y, h_n, c_n};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto defined = [](const at::Tensor& t) { return t.defined(); };
-    const Saved saved{ctx->saved_data["mode"].toStringRef(), ctx->saved_data["has_biases"].toBool(),
-                      ctx->saved_data["bidirectional"].toBool(), ctx->get_saved_variables()};
-    // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional.
-    variable_list result(saved.params().size() + 7);
+    Saved saved{ctx->saved_data["mode"].toStringRef(), ctx->saved_data["has_biases"].toBool(),
+                ctx->saved_data["bidirectional"].toBool(), ctx->get_saved_variables()};
+    const bool one_step = ctx->saved_data["one_step"].toBool();
+    // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional,
+    // one_step.
+    variable_list result(saved.params().size() + 8);
     if (std::none_of(cotangents.begin(), cotangents.end(), defined)) return result;
     std::vector<bool> wanted;
     size_t edge = 0;  // absent states have none
@@ -159,7 +176,17 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
     for (const int index : {Saved::kX, Saved::kH0, Saved::kC0}) ask(saved.tensors[index]);
     for (const at::Tensor& param : saved.params()) ask(param);
     const auto gradients_of = everyday(cotangents) ? everyday_gradients : composed_gradients;
-    auto gradients = gradients_of(saved, cotangents, wanted);
+    variable_list gradients;
+    if (one_step) {
+      for (const int index : {Saved::kX, Saved::kH0, Saved::kC0}) {
+        saved.tensors[index] = lifted(saved.tensors[index]);
+      }
+      gradients =
+          gradients_of(saved, {at::Tensor(), lifted(cotangents[0]), lifted(cotangents[1])}, wanted);
+      for (int i = 0; i < 3; ++i) gradients[i] = lowered(gradients[i]);
+    } else {
+      gradients = gradients_of(saved, cotangents, wanted);
+    }
     std::move(gradients.begin(), gradients.end(), result.begin() + 1);
     return result;
   }
@@ -188,8 +215,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer(
   }
   const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
   auto outputs =
-      LayerNode::apply(mode, x, h0, c0, at::TensorList(params), in, has_biases, bidirectional);
+      LayerNode::apply(mode, x, h0, c0, at::TensorList(params), in, has_biases, bidirectional,
+                       /*one_step=*/false);
   return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2])};
+}
+
+std::optional<std::tuple<at::Tensor, at::Tensor>> cell_step(
+    const std::string& mode, const at::Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
+    const std::vector<at::Tensor>& params, bool has_biases) {
+  const at::Tensor& w_ih = params[0];
+  const at::Tensor& w_hh = params[1];
+  const auto fits = [&](const at::Tensor& t, int64_t columns) {
+    return t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == columns &&
+           t.scalar_type() == x.scalar_type() && t.device() == x.device();
+  };
+  if (x.dim() != 2 || transforms_active() || at::autocast::is_autocast_enabled(at::kCPU) ||
+      torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || !x.device().is_cpu() ||
+      x.scalar_type() != w_ih.scalar_type() || !w_ih.device().is_cpu() ||
+      x.size(1) != w_ih.size(1) || (h && !fits(*h, w_hh.size(1))) ||
+      (c && !fits(*c, w_hh.size(1)))) {
+    return std::nullopt;
+  }
+  if (!records(x, h, c, params)) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto whole = [](const OptionalTensor& t) { return t ? OptionalTensor(lifted(*t)) : t; };
+    auto [y, h_n, c_n, gates, cells] =
+        forward_op()(mode, lifted(x), std::nullopt, std::nullopt, std::nullopt, whole(h), whole(c),
+                     params, has_biases, false, /*save=*/false);
+    return std::tuple{lowered(h_n), mode == "LSTM" ? lowered(c_n) : c_n};
+  }
+  const OptionalTensor none;
+  const LayerInputs in{x, none, none, none, h, c, params};
+  auto outputs = LayerNode::apply(mode, x, h, c, at::TensorList(params), in, has_biases,
+                                  /*bidirectional=*/false, /*one_step=*/true);
+  return std::tuple{std::move(outputs[0]), std::move(outputs[1])};
 }
 
 }  // namespace fusedrnn

@@ -1,6 +1,7 @@
 // Everyday autograd of one layer.
 #pragma once
 
+#include <optional>
 #include <tuple>
 
 #include "layer.h"
@@ -14,5 +15,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer(
     const OptionalTensor& batch_sizes, const OptionalTensor& reset, const OptionalTensor& h0,
     const OptionalTensor& c0, const std::vector<at::Tensor>& params, bool has_biases,
     bool bidirectional);
+
+// One step of a cell, x (B, I), h and c (B, H) or absent, to (h', c'): the layer of one step
+// without its axes of steps and directions. Nothing, for the caller to look closer, where an
+// argument does not fit or autocast, a transform or a forward-mode level is on.
+std::optional<std::tuple<at::Tensor, at::Tensor>> cell_step(
+    const std::string& mode, const at::Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
+    const std::vector<at::Tensor>& params, bool has_biases);
 
 }  // namespace fusedrnn

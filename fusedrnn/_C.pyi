@@ -34,6 +34,20 @@ def layer(
     For eager calls outside ``torch.func`` transforms and forward-mode levels.
     """
 
+def cell_step(
+    mode: str,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """One step of a cell, x (B, I), h and c (B, H), to (h', c'), recorded for autograd.
+
+    None where an argument does not fit, or autocast, a ``torch.func`` transform or a forward-mode
+    level is on. For eager calls.
+    """
+
 class Stream:
     """What fusedrnn.Stream wraps: layers as (mode, [w_ih, w_hh, b_ih, b_hh, w_hr]), contiguous
     float32; the format of their weights; the batch size."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fusedrnn._autocast import autocast_dtype, cast
 from fusedrnn._layer import layer
+from fusedrnn._ops import _C
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -24,11 +26,11 @@ class RNNCell(nn.RNNCell):
         Raises:
             ValueError, RuntimeError: as torch.nn, for ranks, sizes and dtypes that do not fit.
         """
-        _check_ranks("RNNCell", input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
+            _check_ranks("RNNCell", input, hx)
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         mode = "RNN_TANH" if self.nonlinearity == "tanh" else "RNN_RELU"
-        return _step(self, mode, input, hx, None)[0]
+        return _step(self, "RNNCell", mode, input, hx, None)[0]
 
 
 class GRUCell(nn.GRUCell):
@@ -43,8 +45,7 @@ class GRUCell(nn.GRUCell):
         Raises:
             ValueError, RuntimeError: as torch.nn, for ranks, sizes and dtypes that do not fit.
         """
-        _check_ranks("GRUCell", input, hx)
-        return _step(self, "GRU", input, hx, None)[0]
+        return _step(self, "GRUCell", "GRU", input, hx, None)[0]
 
 
 class LSTMCell(nn.LSTMCell):
@@ -64,15 +65,16 @@ class LSTMCell(nn.LSTMCell):
             TypeError: hx is a tensor.
         """
         if hx is None:
-            _check_ranks("LSTMCell", input, None)
-            return _step(self, "LSTM", input, None, None)
+            return _step(self, "LSTMCell", "LSTM", input, None, None)
         if isinstance(hx, Tensor):
             raise TypeError("LSTMCell: Expected hx to be a tuple (h, c) of tensors, got a tensor")
-        _check_ranks("LSTMCell", input, *hx)
         if len(hx) != 2:
+            _check_ranks("LSTMCell", input, *hx)
             raise RuntimeError("lstm_cell expects two hidden states")
-        return _step(self, "LSTM", input, *hx)
+        return _step(self, "LSTMCell", "LSTM", input, *hx)
 
+
+_is_compiling = torch.compiler.is_compiling
 
 _PARAMETER_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -87,17 +89,22 @@ def _check_ranks(name: str, input: Tensor, *states: Tensor | None) -> None:
 
 
 def _step(
-    cell: nn.RNNCellBase, mode: str, input: Tensor, h: Tensor | None, c: Tensor | None
+    cell: nn.RNNCellBase, name: str, mode: str, input: Tensor, h: Tensor | None, c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One step as a sequence of length 1; c' has a meaning for LSTM only."""
     # Plain parameters are read from their dictionary, which is quicker than by attribute.
     own = cell._parameters
     params: Sequence[Tensor] = [
-        own[name] if name in own else getattr(cell, name) for name in _PARAMETER_NAMES
+        own[key] if key in own else getattr(cell, key) for key in _PARAMETER_NAMES
     ]
     has_biases = params[2] is not None
     if not has_biases:
         params = params[:2]
+    if not _is_compiling() and all(t is None or isinstance(t, Tensor) for t in (input, h, c)):
+        found = _C.cell_step(mode, input, h, c, params, has_biases)
+        if found is not None:
+            return found
+    _check_ranks(name, input, h, *(() if c is None else (c,)))
     batched = input.dim() == 2
     x = input if batched else input.unsqueeze(0)
     if h is not None and not batched:

@@ -56,6 +56,55 @@ void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range p
   }
 }
 
+// How many rows of weights dot_rows takes at a time beside R other rows: a power of two.
+template <class Sum, int R>
+constexpr int weight_rows() {
+  int rows = kLanes<Sum>;
+  while (rows * R > FUSEDRNN_ACCUMULATORS && rows > 1) rows /= 2;
+  return rows;
+}
+
+// to[r * to_stride + l] = the product of row a[r] and row l of weights, for `lanes` rows l, of
+// which `valid` exist (the others give 0); row-major, k words each. A function, not inlined: it
+// serves all cells.
+template <class F, int R>
+__attribute__((noinline)) void dot_rows(typename F::Sum* to, int64_t to_stride,
+                                        const typename F::Word* const (&a)[R],
+                                        const typename F::Word* weights, int64_t k, int64_t valid) {
+  using Sum = typename F::Sum;
+  constexpr int lanes = kLanes<Sum>, group = weight_rows<Sum, R>();
+  Vec<Sum> all[R][lanes];
+  for (int first = 0; first < lanes; first += group) {
+    const typename F::Word* w[group];
+    for (int l = 0; l < group; ++l) w[l] = weights + std::min<int64_t>(first + l, valid - 1) * k;
+    Vec<Sum> sums[R][group] = {};
+    int64_t i = 0;
+    const auto step = [&](auto load_at) __attribute__((always_inline)) {
+      Vec<typename F::Word> left[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) left[r] = load_at(a[r] + i);
+#pragma GCC unroll 16
+      for (int l = 0; l < group; ++l) {
+        const Vec<typename F::Word> right = load_at(w[l] + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r][l] = F::add(sums[r][l], left[r], right);
+      }
+    };
+    for (; i + lanes <= k; i += lanes) step([](const auto* from) { return load(from); });
+    if (i < k) step([&](const auto* from) { return load(from, k - i); });
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int l = 0; l < group; ++l) all[r][first + l] = sums[r][l];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    Vec<Sum> total = sums_of<Sum>(all[r]);
+    for (int64_t l = valid; l < lanes; ++l) total[l] = 0;
+    store(to + r * to_stride, total);
+  }
+}
+
 // The products of product() by panels of units, from weights as they lie, row-major (Gates * units,
 // k): for calls so short that packing would cost more than it saves.
 template <int Gates, class F, class RowAt, class Epilogue>
@@ -64,38 +113,32 @@ FUSEDRNN_HD void product_by_unit(Range rows, Range panels, RowAt row_at,
                                  Epilogue epilogue) {
   using P = UnitPanel<Gates>;
   using Sum = typename F::Sum;
-  constexpr int lanes = kLanes<Sum>;
+  constexpr int lanes = kLanes<Sum>, most = F::kMostRows;
+  const int64_t blocks = (rows.size() + most - 1) / most;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const auto* a = row_at(row);
-      Tile<Sum, 1, P::vectors> tile;
-      for (int v = 0; v < P::vectors; ++v) {
-        const int64_t unit = (panel * P::blocks + v / Gates) * lanes;
-        const auto* w = weights + ((v % Gates) * units + unit) * k;
-        Vec<Sum> sums[lanes] = {};
-        if (unit + lanes <= units) {
-          int64_t i = 0;
-          for (; i + lanes <= k; i += lanes) {
-            const auto left = load(a + i);
-#pragma GCC unroll 16
-            for (int l = 0; l < lanes; ++l) sums[l] = F::add(sums[l], left, load(w + l * k + i));
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Range mine = share(rows.size(), block, blocks);
+      alignas(64) Sum totals[most][P::vectors * lanes];
+      with_height<most>(mine.size(), [&](auto height) {
+        constexpr int R = decltype(height)::value;
+        const typename F::Word* a[R];
+        for (int r = 0; r < R; ++r) a[r] = row_at(rows.begin + mine.begin + r);
+        for (int v = 0; v < P::vectors; ++v) {
+          const int64_t unit = (panel * P::blocks + v / Gates) * lanes;
+          const int64_t valid = std::min<int64_t>(lanes, units - unit);
+          if (valid <= 0) {
+            for (int r = 0; r < R; ++r) store(totals[r] + v * lanes, Vec<Sum>{});
+            continue;
           }
-          if (i < k) {
-            const auto left = load(a + i, k - i);
-            for (int l = 0; l < lanes; ++l) {
-              sums[l] = F::add(sums[l], left, load(w + l * k + i, k - i));
-            }
-          }
-        } else {
-          for (int64_t l = 0; l < units - unit; ++l) {
-            for (int64_t i = 0; i < k; i += lanes) {
-              sums[l] = F::add(sums[l], load(a + i, k - i), load(w + l * k + i, k - i));
-            }
-          }
+          dot_rows<F, R>(totals[0] + v * lanes, P::vectors * lanes, a,
+                         weights + ((v % Gates) * units + unit) * k, k, valid);
         }
-        tile.sum[0][v] = sums_of<Sum>(sums);
+      });
+      for (int64_t r = 0; r < mine.size(); ++r) {
+        Tile<Sum, 1, P::vectors> tile;
+        for (int v = 0; v < P::vectors; ++v) tile.sum[0][v] = load(totals[r] + v * lanes);
+        epilogue(tile, rows.begin + mine.begin + r, panel);
       }
-      epilogue(tile, row, panel);
     }
   }
 }

@@ -25,12 +25,17 @@ constexpr double kWorthABarrier = 1.2e4;
 constexpr int64_t kRowsPerGroup = 4;
 // From this many rows a group on, weights from the shared cache arrive as fast as they are used.
 constexpr int64_t kRowsThatHideWeights = 16;
-// Packing costs about as much as this many products of each weight with one row.
-constexpr int64_t kWorthPacking = 12;
+// Packing costs about as much as this many products of each weight with one row, as they lie; with
+// three rows or more at a time, and long ones, those are nearly as fast as with packed weights.
+constexpr int64_t kWorthPacking = 12, kWorthPackingLongRows = 64;
+constexpr int64_t kLongRows = 128;
 
 }  // namespace
 
-bool worth_packing(const Workload& work) { return work.pairs >= kWorthPacking; }
+bool worth_packing(const Workload& work) {
+  const bool long_rows = std::min(work.sizes.input, work.sizes.output) >= kLongRows;
+  return work.pairs >= (work.batch >= 3 && long_rows ? kWorthPackingLongRows : kWorthPacking);
+}
 
 Plan plan_team(const Workload& work, int threads) {
   Plan plan;
