@@ -29,7 +29,7 @@ struct Exact {
   static FUSEDRNN_HD S total(S word) { return word; }
 };
 
-// `count` rows of `columns` values each written in words, `stride` words apart.
+// Two bfloat16 values to a word.
 struct Bf16 {
   using Word = uint32_t;
   using Sum = float;
@@ -94,7 +94,7 @@ struct Bf16 {
   }
 };
 
-// Rows are unsigned, a value q standing for (q - 128) * factor with the row's own factor; panels
+// Four 8-bit values to a word. Rows are unsigned, a value q standing for (q - 128) * factor with the row's own factor; panels
 // are signed. The sum of 128 times a panel's column is taken off afterwards, by who knows it.
 struct Int8 {
   using Word = uint32_t;

@@ -27,7 +27,7 @@ constexpr int64_t kRowsPerGroup = 4;
 constexpr int64_t kRowsThatHideWeights = 16;
 // Packing costs about as much as this many products of each weight with one row, as they lie; with
 // three rows or more at a time, and long ones, those are nearly as fast as with packed weights.
-constexpr int64_t kWorthPacking = 12, kWorthPackingLongRows = 64;
+constexpr int64_t kWorthPacking = 12, kWorthPackingLongRows = 128;
 constexpr int64_t kLongRows = 128;
 
 }  // namespace
