@@ -104,8 +104,8 @@ struct ColumnScale {
 
 // The same, in the order in which the kernels read them; the caller owns the memory, the kernels
 // fill it at the first chunk. A panel is [K][columns of the panel], see cpu/gemm_inl.h. In a
-// forward call too short to pay for it, all but the biases are null and the weights are read as
-// they lie.
+// call too short to pay for it, all but the biases are null (backward: input and recurrent) and the
+// weights are read as they lie.
 template <class S, class W = S>
 struct PackedWeights {
   W* input;       // forward: W_ih by hidden unit; backward: W_ih by input column

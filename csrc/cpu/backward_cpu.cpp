@@ -129,10 +129,12 @@ class BackwardRun {
     scratch_.want(&args_.columns, threads * args_.columns_stride);
     for (int d = 0; d < layer_.directions; ++d) {
       BackwardDirection<S, E>& dir = args_.direction[d];
-      if (args_.dx != nullptr) {
-        scratch_.want(&dir.packed.input, words_of<E>(gates) * whole_panels(sizes.input));
+      if (worth_packing_backward(work_)) {
+        if (args_.dx != nullptr) {
+          scratch_.want(&dir.packed.input, words_of<E>(gates) * whole_panels(sizes.input));
+        }
+        scratch_.want(&dir.packed.recurrent, words_of<E>(gates) * whole_panels(sizes.output));
       }
-      scratch_.want(&dir.packed.recurrent, words_of<E>(gates) * whole_panels(sizes.output));
       scratch_.want(&dir.dgates, most_rows_ * width_);
       scratch_.want(&next_[d], layer_.batch * width_);
       scratch_.want(&dir.carry, layer_.batch * hidden_);

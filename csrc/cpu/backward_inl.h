@@ -29,15 +29,17 @@ class BackwardChunk {
   void pack() const {
     const auto& w = d_.weights;
     const int64_t k = words_of<F>(kRecurrentBlocks * hidden_);
-    pack_by_column<kStepVectors, F>(
-        d_.packed.recurrent, sizes_.output, k, share(k, slot_.group, slot_.groups),
-        own_output_panels_, [&](int64_t i) -> const E* {
-          const int64_t unit = i % hidden_;
-          const int gate = kBlocks.hidden_gate[i / hidden_];
-          return unit < sizes_.hidden
-                     ? weight_row<F, E>(w.w_hh, gate * sizes_.hidden + unit, sizes_.output)
-                     : nullptr;
-        });
+    if (d_.packed.recurrent != nullptr) {
+      pack_by_column<kStepVectors, F>(
+          d_.packed.recurrent, sizes_.output, k, share(k, slot_.group, slot_.groups),
+          own_output_panels_, [&](int64_t i) -> const E* {
+            const int64_t unit = i % hidden_;
+            const int gate = kBlocks.hidden_gate[i / hidden_];
+            return unit < sizes_.hidden
+                       ? weight_row<F, E>(w.w_hh, gate * sizes_.hidden + unit, sizes_.output)
+                       : nullptr;
+          });
+    }
     if (sizes_.projected) {
       const int64_t outputs = words_of<F>(sizes_.output);
       pack_by_column<kStepVectors, F>(
@@ -276,29 +278,44 @@ class BackwardChunk {
         });
   }
 
-  // The gradient of the initial state of rows whose first step, in forward order, was u.
-  __attribute__((noinline)) void finish(int64_t u, Range rows) const {
+  // The gradients of the initial states of rows whose first step, in forward order, was u.
+  void finish(int64_t u, Range rows) const {
     if (rows.size() <= 0) return;
+    if (d_.dh0 != nullptr) finish_h(u, rows);
+    if (d_.dc0 != nullptr) finish_c(u, rows);
+  }
+
+  __attribute__((noinline)) void finish_h(int64_t u, Range rows) const {
     const auto is_cut = [&](int64_t b) { return is_reset(d_.reset, schedule_, u, b); };
-    if (d_.dh0 != nullptr) {
-      dh_product<kSideRows>(
-          u, rows, false,
-          [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
-            each(tile, b0, panel, sizes_.output,
-                 [&](int64_t b, int64_t unit, Vec<S> dh) __attribute__((always_inline)) {
-                   if (kCell == Cell::kGru && !is_cut(b)) dh += load(d_.carry + b * hidden_ + unit);
-                   store(d_.dh0 + caller_row(schedule_, b) * sizes_.output + unit, dh,
-                         sizes_.output - unit);
-                 });
-          });
-    }
-    if (d_.dc0 != nullptr) {
-      const int64_t begin = own_hidden_panels_.begin * kWidth;
-      const int64_t end = std::min(own_hidden_panels_.end * kWidth, sizes_.hidden);
-      for (int64_t b = rows.begin; b < rows.end; ++b) {
-        S* to = d_.dc0 + caller_row(schedule_, b) * sizes_.hidden;
-        for (int64_t i = begin; i < end; ++i) to[i] = is_cut(b) ? S(0) : d_.carry[b * hidden_ + i];
+    const auto put = [&](int64_t b, int64_t unit, Vec<S> dh) __attribute__((always_inline)) {
+      if (kCell == Cell::kGru && !is_cut(b)) dh += load(d_.carry + b * hidden_ + unit);
+      store(d_.dh0 + caller_row(schedule_, b) * sizes_.output + unit, dh, sizes_.output - unit);
+    };
+    if constexpr (std::is_same_v<F, Exact<S>>) {
+      if (d_.packed.recurrent == nullptr) {
+        const BlockRows<S> weight = {d_.weights.w_hh,  kBlocks.hidden_gate,
+                                     kRecurrentBlocks, sizes_.hidden,
+                                     hidden_,          sizes_.output};
+        const int64_t panels = panel_count<S>(sizes_.output, kChunkVectors);
+        product_by_column(
+            rows, share(panels, slot_.part, slot_.parts),
+            [&](int64_t b) { return is_cut(b) ? zeros_ : dgates_of(u, b); }, weight, put);
+        return;
       }
+    }
+    dh_product<kSideRows>(
+        u, rows, false,
+        [&](const auto& tile, int64_t b0, int64_t panel)
+            __attribute__((always_inline)) { each(tile, b0, panel, sizes_.output, put); });
+  }
+
+  void finish_c(int64_t u, Range rows) const {
+    const int64_t begin = own_hidden_panels_.begin * kWidth;
+    const int64_t end = std::min(own_hidden_panels_.end * kWidth, sizes_.hidden);
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      S* to = d_.dc0 + caller_row(schedule_, b) * sizes_.hidden;
+      const bool cut = is_reset(d_.reset, schedule_, u, b);
+      for (int64_t i = begin; i < end; ++i) to[i] = cut ? S(0) : d_.carry[b * hidden_ + i];
     }
   }
 

@@ -94,8 +94,9 @@ struct Bf16 {
   }
 };
 
-// Four 8-bit values to a word. Rows are unsigned, a value q standing for (q - 128) * factor with the row's own factor; panels
-// are signed. The sum of 128 times a panel's column is taken off afterwards, by who knows it.
+// Four 8-bit values to a word. Rows are unsigned, a value q standing for (q - 128) * factor with
+// the row's own factor; panels are signed. The sum of 128 times a panel's column is taken off
+// afterwards, by who knows it.
 struct Int8 {
   using Word = uint32_t;
   using Sum = int32_t;

@@ -33,7 +33,7 @@ class ChunkGradients {
 
   // W_ih by input column, for dx.
   void pack() const {
-    if (args_.dx == nullptr) return;
+    if (args_.dx == nullptr || d_.packed.input == nullptr) return;
     const int64_t k = words_of<F>(blocks_.gates * hidden_);
     pack_by_column<kChunkVectors, F>(
         d_.packed.input, sizes_.input, k, share(k, slot_.thread, slot_.threads),
@@ -62,7 +62,13 @@ class ChunkGradients {
       slot_.wait_team();
       projection_gradient();
     }
-    if (args_.dx != nullptr) input_gradient(share(rows_, slot_.thread, slot_.threads));
+    if (args_.dx != nullptr) {
+      if (d_.packed.input == nullptr) {
+        input_gradient_of_few();
+      } else {
+        input_gradient(share(rows_, slot_.thread, slot_.threads));
+      }
+    }
     slot_.wait_team();
   }
 
@@ -198,6 +204,25 @@ class ChunkGradients {
       const int64_t width = std::min(kGradientRows, sizes_.output - unit);
       take_columns(d_.dh + unit, output_, width);
       add_outer(d_.dw_hr + unit * sizes_.hidden, sizes_.hidden, width, 1);
+    }
+  }
+
+  // The same for rows so few that W_ih was not packed; threads share the columns.
+  void input_gradient_of_few() const {
+    if constexpr (std::is_same_v<F, Exact<S>>) {
+      static constexpr int gates[] = {0, 1, 2, 3};
+      const BlockRows<S> weight = {d_.weights.w_ih, gates,   blocks_.gates,
+                                   sizes_.hidden,   hidden_, sizes_.input};
+      const S* dgates = d_.dgates + blocks_.input_begin() * hidden_;
+      const int64_t panels = panel_count<S>(sizes_.input, kChunkVectors);
+      product_by_column(
+          Range{0, rows_}, share(panels, slot_.thread, slot_.threads),
+          [&](int64_t row) { return dgates + row * (blocks_.count * hidden_); }, weight,
+          [&](int64_t row, int64_t column, Vec<S> value) __attribute__((always_inline)) {
+            S* to = args_.dx + io_row(schedule_, first_row_ + row) * sizes_.input + column;
+            const int64_t valid = sizes_.input - column;
+            store(to, args_.add_dx ? value + load(to, valid) : value, valid);
+          });
     }
   }
 

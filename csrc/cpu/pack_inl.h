@@ -143,6 +143,85 @@ FUSEDRNN_HD void product_by_unit(Range rows, Range panels, RowAt row_at,
   }
 }
 
+// The rows of a weight (blocks * units, columns), row-major, and the values that go with them in a
+// row of gradients: block i of those, units_padded apart, belongs to rows [gates[i] * units, +
+// units).
+template <class S>
+struct BlockRows {
+  const S* weight;
+  const int* gates;
+  int blocks;
+  int64_t units, units_padded, columns;
+};
+
+// to[r] (a vector each of kChunkVectors) = the sum over all blocks and units of a[r]'s value times
+// the weight's row there, from `column` on: the product of few rows by column, from weights as they
+// lie.
+template <class S, int R>
+__attribute__((noinline)) void sum_weight_rows(S* to, const S* const (&a)[R],
+                                               const BlockRows<S>& rows, int64_t column) {
+  constexpr int lanes = kLanes<S>, vectors = kChunkVectors;
+  // Rows lie far apart: no prefetcher follows.
+  constexpr int64_t ahead = 12;
+  Vec<S> sums[R][vectors] = {};
+  const int64_t valid = rows.columns - column;
+  const auto add = [&](int64_t at, auto load_at) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const Vec<S> right = load_at(v);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[r][v] += broadcast(a[r][at]) * right;
+    }
+  };
+  for (int i = 0; i < rows.blocks; ++i) {
+    const S* w = rows.weight + rows.gates[i] * rows.units * rows.columns + column;
+    for (int64_t unit = 0; unit < rows.units; ++unit, w += rows.columns) {
+      const int64_t at = i * rows.units_padded + unit;
+      if (valid >= vectors * lanes) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) fetch_to_read(w + ahead * rows.columns + v * lanes);
+        add(at, [&](int v) __attribute__((always_inline)) { return load(w + v * lanes); });
+      } else {
+        add(at, [&](int v) __attribute__((always_inline)) {
+          return load(w + v * lanes, valid - v * lanes);
+        });
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < vectors; ++v) store(to + (r * vectors + v) * lanes, sums[r][v]);
+  }
+}
+
+// f(row, column, vector) for every vector of those sums that begins within the columns, for `rows`,
+// row_at(row) pointing to a row of gradients, and `panels` of kChunkVectors.
+template <class S, class RowAt, class Visit>
+void product_by_column(Range rows, Range panels, RowAt row_at, const BlockRows<S>& weight,
+                       Visit f) {
+  constexpr int lanes = kLanes<S>, most = 3;
+  constexpr int64_t width = kChunkVectors * lanes;
+  const int64_t blocks = (rows.size() + most - 1) / most;
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Range mine = share(rows.size(), block, blocks);
+      alignas(64) S sums[most * width];
+      with_height<most>(mine.size(), [&](auto height) {
+        constexpr int R = decltype(height)::value;
+        const S* a[R];
+        for (int r = 0; r < R; ++r) a[r] = row_at(rows.begin + mine.begin + r);
+        sum_weight_rows<S, R>(sums, a, weight, panel * width);
+      });
+      for (int64_t r = 0; r < mine.size(); ++r) {
+        for (int v = 0; v < kChunkVectors; ++v) {
+          const int64_t column = panel * width + v * lanes;
+          if (column >= weight.columns) break;
+          f(rows.begin + mine.begin + r, column, load(sums + r * width + v * lanes));
+        }
+      }
+    }
+  }
+}
+
 // From rows of `columns` values to panels by column: [panel][k][Vectors][lanes], k and `rows`
 // counting words. row_at(i) points to row i of values, or is null for a row of zeros.
 template <int Vectors, class F, class RowAt>

@@ -29,12 +29,19 @@ constexpr int64_t kRowsThatHideWeights = 16;
 // three rows or more at a time, and long ones, those are nearly as fast as with packed weights.
 constexpr int64_t kWorthPacking = 12, kWorthPackingLongRows = 128;
 constexpr int64_t kLongRows = 128;
+// Up to so many rows of a single step, backward reads the weights as they lie.
+constexpr int64_t kFewRows = 16;
 
 }  // namespace
 
 bool worth_packing(const Workload& work) {
   const bool long_rows = std::min(work.sizes.input, work.sizes.output) >= kLongRows;
   return work.pairs >= (work.batch >= 3 && long_rows ? kWorthPackingLongRows : kWorthPacking);
+}
+
+bool worth_packing_backward(const Workload& work) {
+  // Of a single step, W_hh meets the gradient of the initial state alone.
+  return work.pairs > work.batch || work.pairs > kFewRows || work.weight_size != work.value_size;
 }
 
 Plan plan_team(const Workload& work, int threads) {

@@ -24,6 +24,9 @@ struct Workload {
 // Whether a forward call is long enough to pay for packing its weights.
 bool worth_packing(const Workload& work);
 
+// The same of a backward call.
+bool worth_packing_backward(const Workload& work);
+
 Plan plan_team(const Workload& work, int threads);
 
 // About how many (step, row) pairs a chunk of time should have.
