@@ -1,0 +1,106 @@
+"""fusedrnn.Stream with values, modules, inputs and states that are not right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fusedrnn
+from fusedrnn import Stream
+from stream_oracle import ROUNDED, make, plain
+
+
+@pytest.mark.parametrize("weights", ROUNDED, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen(weights: torch.dtype, value: float) -> None:
+    module = make("RNN relu", (5, 9, 1, 2))
+    x = torch.randn(3, 2, 5)
+    x[1, 1, 2] = value
+    y = Stream(module, weights=weights, batch_size=2).run(x)
+    assert y[:, 0].isfinite().all(), "the other row"
+    assert y[0].isfinite().all()
+    assert not y[1:, 1].isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_seen() -> None:
+    module = make("RNN", (5, 9, 1, 1))
+    with torch.no_grad():
+        module.weight_ih_l0[3, 2] = float("nan")
+    for weights in ROUNDED:
+        y = Stream(module, weights=weights).step(torch.randn(5))
+        assert y[3].isnan()
+        assert y[:3].isfinite().all()
+
+
+def test_extreme_scales() -> None:
+    """Rows of zeros, of tiny and of huge values have scales of their own."""
+    module = make("RNN relu", (16, 9, 1, 4))
+    x = torch.randn(1, 4, 16) * torch.tensor([0.0, 1e-30, 1.0, 1e30]).view(1, 4, 1)
+    with torch.no_grad():
+        module.weight_ih_l0[0].zero_()
+        module.weight_ih_l0[1].mul_(1e-3)
+        module.bias_ih_l0.zero_()
+        module.bias_hh_l0.zero_()
+    for weights in ROUNDED:
+        y = Stream(module, weights=weights, batch_size=4).step(x[0])
+        expected = plain(module, x, weights)[0][0]
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-37)
+
+
+def test_bad_modules() -> None:
+    for module in (nn.LSTM(4, 5, bidirectional=True), fusedrnn.GRU(4, 5, bidirectional=True)):
+        with pytest.raises(ValueError, match="module is bidirectional"):
+            Stream(module)
+    with pytest.raises(TypeError, match=r"module must be an RNN, LSTM, GRU .* got Linear"):
+        Stream(nn.Linear(3, 4))
+    with pytest.raises(TypeError, match=r"weights must be torch.float32, .* got torch.float16"):
+        Stream(nn.GRU(3, 4), weights=torch.float16)
+    for batch in (0, -1, 2.0):
+        with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
+            Stream(nn.GRU(3, 4), batch_size=batch)
+
+
+def test_bad_input() -> None:
+    stream = Stream(nn.GRU(3, 4))
+    pair = Stream(nn.GRU(3, 4), batch_size=2)
+    for wrong, message in (
+        (torch.randn(4), r"x: expected shape \(1, 3\) or \(3,\), got \(4,\)"),
+        (torch.randn(2, 3), r"x: expected shape \(1, 3\) or \(3,\), got \(2, 3\)"),
+        (torch.tensor(1.0), r"got \(\)"),
+        (np.zeros((1, 1, 3), np.float32), r"got \(1, 1, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream.step(wrong)
+    with pytest.raises(ValueError, match=r"x: expected shape \(T, 2, 3\), got \(2, 3\)"):
+        pair.run(torch.randn(2, 3))
+    for wrong in (torch.randn(3).double(), torch.ones(3, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="x: expected a float32 tensor on the CPU, got"):
+            stream.step(wrong)
+    with pytest.raises(TypeError, match=r"x: expected a float32 tensor on the CPU, .* meta"):
+        stream.step(torch.randn(3, device="meta"))
+    for wrong in (np.zeros(3), np.zeros(3, ">f4"), np.zeros(3, np.int32)):
+        with pytest.raises(TypeError, match="x: expected a float32 array, got"):
+            stream.step(wrong)
+    for wrong in ([1.0, 2.0, 3.0], None, 1):
+        with pytest.raises(TypeError, match=r"x: expected a torch.Tensor or a numpy.ndarray, got"):
+            stream.step(wrong)
+    with pytest.raises(RuntimeError, match="x requires grad"):
+        stream.step(torch.randn(3, requires_grad=True))
+    with torch.no_grad():
+        stream.step(torch.randn(3, requires_grad=True))
+
+
+def test_bad_states() -> None:
+    lstm, gru = Stream(nn.LSTM(3, 4)), Stream(nn.GRU(3, 4))
+    with pytest.raises(TypeError, match=r"state must be a pair \(h, c\)"):
+        lstm.state = torch.zeros(1, 1, 4)
+    with pytest.raises(
+        ValueError, match=r"state\[1\] must have shape \(1, 1, 4\), got \(1, 2, 4\)"
+    ):
+        lstm.state = (torch.zeros(1, 1, 4), torch.zeros(1, 2, 4))
+    with pytest.raises(TypeError, match="state must be a tensor, got list"):
+        gru.state = [0.0]
+    with pytest.raises(ValueError, match="state must have shape"):
+        gru.state = torch.zeros(4)
