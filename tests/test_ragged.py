@@ -38,6 +38,8 @@ LENGTHS = {
     "ascending": (1, 2, 3, 5, 7),
     "nobody to the end": (4, 0, 2, 4, 3),
     "all empty": (0,) * B,
+    "fewer steps in all than rows": (0, 3, 0, 0, 1),
+    "one step": (1, 0, 1, 1, 0),
     "all whole": (T,) * B,
     "none given": None,
 }

@@ -129,7 +129,7 @@ class BackwardRun {
     scratch_.want(&args_.columns, threads * args_.columns_stride);
     for (int d = 0; d < layer_.directions; ++d) {
       BackwardDirection<S, E>& dir = args_.direction[d];
-      if (worth_packing_backward(work_)) {
+      if (worth_packing_backward(schedule_, work_)) {
         if (args_.dx != nullptr) {
           scratch_.want(&dir.packed.input, words_of<E>(gates) * whole_panels(sizes.input));
         }

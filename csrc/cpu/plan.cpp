@@ -39,9 +39,9 @@ bool worth_packing(const Workload& work) {
   return work.pairs >= (work.batch >= 3 && long_rows ? kWorthPackingLongRows : kWorthPacking);
 }
 
-bool worth_packing_backward(const Workload& work) {
+bool worth_packing_backward(const Schedule& schedule, const Workload& work) {
   // Of a single step, W_hh meets the gradient of the initial state alone.
-  return work.pairs > work.batch || work.pairs > kFewRows || work.weight_size != work.value_size;
+  return schedule.steps > 1 || work.pairs > kFewRows || work.weight_size != work.value_size;
 }
 
 Plan plan_team(const Workload& work, int threads) {

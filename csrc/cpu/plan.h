@@ -24,8 +24,9 @@ struct Workload {
 // Whether a forward call is long enough to pay for packing its weights.
 bool worth_packing(const Workload& work);
 
-// The same of a backward call.
-bool worth_packing_backward(const Workload& work);
+// The same of a backward call. It must be packed for more than one step, however few rows they
+// have.
+bool worth_packing_backward(const Schedule& schedule, const Workload& work);
 
 Plan plan_team(const Workload& work, int threads);
 
