@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from . import cases, peers
+from . import cases, limits, peers
 from .shapes import CELLS, SHAPES, Shape
 from .timing import Call
 
@@ -66,6 +66,13 @@ HALF_GOALS = dict.fromkeys(
     GATED, (Goal(cases.FLOAT32, None, 1 / 1.1), Goal(cases.TORCH_HALF, None, 1.0))
 )
 
+LARGE = shapes("64,50,1024,1024", "32,100,512,512")
+BATCHED = shapes("4,100,256,256", "16,500,128,64", "32,50,256,256", "128,100,256,256")
+LARGE_GOALS = same(Goal(limits.SGEMM, None, 0.85))
+BATCH_FIRST_GOALS = same(Goal(limits.TIME_MAJOR, None, 1.0), GATED)
+THREADS_GOALS = same(Goal(limits.ONE_THREAD, None, 1.0), GATED)
+DENORMAL_GOALS = same(Goal(limits.ORDINARY, None, 1 / 1.5), GATED)
+
 STREAM = shapes(*(f"1,1,{h},{h}" for h in (64, 128, 256, 512)))
 LATENCY = shapes("1,100,256,256", "1,100,512,512", "1,100,1024,1024")
 
@@ -89,6 +96,8 @@ MODES = {
             "rnn": (Goal(peers.TORCH, 4.0, 1.2),),
         },
     ),
+    "large": Mode(LARGE, partial(limits.sgemm_calls, train=False), LARGE_GOALS),
+    "large-training": Mode(LARGE, partial(limits.sgemm_calls, train=True), LARGE_GOALS),
     "cell-forward": Mode(ONE_STEP, partial(cases.cell_calls, train=False), ONE_STEP_GOALS),
     "cell-training": Mode(ONE_STEP, partial(cases.cell_calls, train=True), ONE_STEP_GOALS),
     "bidirectional-training": Mode(
@@ -108,6 +117,14 @@ MODES = {
     ),
     "bfloat16": Mode(HALF, partial(cases.half_calls, train=False), HALF_GOALS),
     "bfloat16-training": Mode(HALF, partial(cases.half_calls, train=True), HALF_GOALS),
+    "batch-first": Mode(BATCHED, partial(limits.batch_first_calls, train=False), BATCH_FIRST_GOALS),
+    "batch-first-training": Mode(
+        BATCHED, partial(limits.batch_first_calls, train=True), BATCH_FIRST_GOALS
+    ),
+    "two-threads": Mode(SHAPES, partial(limits.thread_calls, train=False), THREADS_GOALS),
+    "two-threads-training": Mode(SHAPES, partial(limits.thread_calls, train=True), THREADS_GOALS),
+    "denormals": Mode(BATCHED, partial(limits.denormal_calls, train=False), DENORMAL_GOALS),
+    "denormals-training": Mode(BATCHED, partial(limits.denormal_calls, train=True), DENORMAL_GOALS),
     "stream": Mode(STREAM, cases.stream_step, same(Goal(BEST, None, 1.0)), with_peers=True),
     "stream-bfloat16": Mode(
         LATENCY,

@@ -9,6 +9,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <utility>
 
@@ -192,6 +193,22 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
   }
 };
 
+// Whether autocast, a torch.func transform or a forward-mode level is on.
+bool needs_a_closer_look() {
+  return at::autocast::is_autocast_enabled(at::kCPU) || transforms_active() ||
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+}
+
+// Whether a plain call on the CPU takes x with these weights, and t beside x.
+bool suits(const at::Tensor& x, const at::Tensor& w_ih) {
+  return x.device().is_cpu() && w_ih.device().is_cpu() && x.scalar_type() == w_ih.scalar_type() &&
+         x.size(-1) == w_ih.size(1);
+}
+bool suits(const OptionalTensor& t, at::IntArrayRef shape, const at::Tensor& x) {
+  return !t ||
+         (t->sizes() == shape && t->scalar_type() == x.scalar_type() && t->device() == x.device());
+}
+
 bool records(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
              const std::vector<at::Tensor>& params) {
   const auto requires_grad = [](const at::Tensor& t) { return t.requires_grad(); };
@@ -220,22 +237,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer(
   return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2])};
 }
 
+std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> plain_layer(
+    const std::string& mode, const at::Tensor& input, const OptionalTensor& h0,
+    const OptionalTensor& c0, const std::vector<at::Tensor>& params, bool has_biases,
+    bool bidirectional, bool batch_first) {
+  const at::Tensor& w_ih = params[0];
+  const at::Tensor& w_hh = params[1];
+  if (input.dim() != 3 || needs_a_closer_look() || !suits(input, w_ih)) return std::nullopt;
+  const at::Tensor x = batch_first ? input.transpose(0, 1) : input;
+  const int64_t directions = bidirectional ? 2 : 1, hidden = w_ih.size(0) / 4;
+  if (x.size(0) == 0 || !suits(h0, {directions, x.size(1), w_hh.size(1)}, x) ||
+      !suits(c0, {directions, x.size(1), hidden}, x)) {
+    return std::nullopt;
+  }
+  const OptionalTensor none;
+  auto result = layer(mode, x, none, none, none, h0, c0, params, has_biases, bidirectional);
+  if (batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
+  return result;
+}
+
 std::optional<std::tuple<at::Tensor, at::Tensor>> cell_step(
     const std::string& mode, const at::Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
     const std::vector<at::Tensor>& params, bool has_biases) {
-  const at::Tensor& w_ih = params[0];
-  const at::Tensor& w_hh = params[1];
-  const auto fits = [&](const at::Tensor& t, int64_t columns) {
-    return t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == columns &&
-           t.scalar_type() == x.scalar_type() && t.device() == x.device();
-  };
-  if (x.dim() != 2 || transforms_active() || at::autocast::is_autocast_enabled(at::kCPU) ||
-      torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || !x.device().is_cpu() ||
-      x.scalar_type() != w_ih.scalar_type() || !w_ih.device().is_cpu() ||
-      x.size(1) != w_ih.size(1) || (h && !fits(*h, w_hh.size(1))) ||
-      (c && !fits(*c, w_hh.size(1)))) {
-    return std::nullopt;
-  }
+  if (x.dim() != 2 || needs_a_closer_look() || !suits(x, params[0])) return std::nullopt;
+  const std::array<int64_t, 2> state = {x.size(0), params[1].size(1)};
+  if (!suits(h, state, x) || !suits(c, state, x)) return std::nullopt;
   if (!records(x, h, c, params)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto whole = [](const OptionalTensor& t) { return t ? OptionalTensor(lifted(*t)) : t; };

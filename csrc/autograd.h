@@ -16,9 +16,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer(
     const OptionalTensor& c0, const std::vector<at::Tensor>& params, bool has_biases,
     bool bidirectional);
 
+// The same of input (T, B, I), or (B, T, I) if batch_first, with h0 (D, B, P) and c0 (D, B, H) or
+// absent; output is shaped like input. Nothing, for the caller to look closer, where an argument
+// does not fit or autocast, a transform or a forward-mode level is on.
+std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> plain_layer(
+    const std::string& mode, const at::Tensor& input, const OptionalTensor& h0,
+    const OptionalTensor& c0, const std::vector<at::Tensor>& params, bool has_biases,
+    bool bidirectional, bool batch_first);
+
 // One step of a cell, x (B, I), h and c (B, H) or absent, to (h', c'): the layer of one step
-// without its axes of steps and directions. Nothing, for the caller to look closer, where an
-// argument does not fit or autocast, a transform or a forward-mode level is on.
+// without its axes of steps and directions. Nothing in the same cases.
 std::optional<std::tuple<at::Tensor, at::Tensor>> cell_step(
     const std::string& mode, const at::Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
     const std::vector<at::Tensor>& params, bool has_biases);

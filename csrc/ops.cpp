@@ -82,6 +82,8 @@ PYBIND11_MODULE(_C, m) {
         "Uses instruction set `name` from the next call on; ValueError where it is not usable.");
   m.def("layer", torch::wrap_pybind_function_no_gil(fusedrnn::layer),
         "One layer (y, h_n, c_n), recorded for autograd where an input requires grad.");
+  m.def("plain_layer", torch::wrap_pybind_function_no_gil(fusedrnn::plain_layer),
+        "One layer (output, h_n, c_n), or None where the arguments need a closer look.");
   m.def("cell_step", torch::wrap_pybind_function_no_gil(fusedrnn::cell_step),
         "One step of a cell (h', c'), or None where the arguments need a closer look.");
   m.def("empty_cache", &fusedrnn::empty_cache,

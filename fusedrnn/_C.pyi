@@ -34,6 +34,22 @@ def layer(
     For eager calls outside ``torch.func`` transforms and forward-mode levels.
     """
 
+def plain_layer(
+    mode: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """One layer (output, h_n, c_n), recorded for autograd where an input requires grad.
+
+    None where an argument does not fit, or autocast, a ``torch.func`` transform or a forward-mode
+    level is on. For eager calls.
+    """
+
 def cell_step(
     mode: str,
     x: Tensor,

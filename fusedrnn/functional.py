@@ -23,7 +23,7 @@ from fusedrnn._checks import (
     check_state,
     rnn_mode,
 )
-from fusedrnn._layer import layer
+from fusedrnn._layer import layer, plain_layer
 from fusedrnn.reference import GATES
 
 __all__ = ["gru", "lstm", "rnn"]
@@ -147,6 +147,10 @@ def recurrent(
         return _recurrent_packed(
             mode, input, hx, params, has_biases, num_layers, dropout, bidirectional, lengths, reset
         )
+    if num_layers == 1 and lengths is None and reset is None:
+        found = plain_layer(mode, input, hx, params, has_biases, bidirectional, batch_first)
+        if found is not None:
+            return found
     rank = input.dim()
     if rank != 3 and rank != 2:
         noun = "D tensor" if mode.startswith("RNN") else "D"

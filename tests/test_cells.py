@@ -149,57 +149,6 @@ def test_errors_beyond_torch_nn() -> None:
         gru(x.to("meta"))
 
 
-def plain_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each cell's call from now on: whether C++ took it, or left it to Python."""
-    taken = []
-    honest = _C.cell_step
-
-    def step(*arguments: Any) -> Any:
-        found = honest(*arguments)
-        taken.append(found is not None)
-        return found
-
-    monkeypatch.setattr(_C, "cell_step", step)
-    return taken
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_plain_calls_stay_in_cpp_and_others_agree(name: str, monkeypatch) -> None:
-    taken = plain_calls(monkeypatch)
-    cell = getattr(fusedrnn, name)(3, 5)
-    x, h, c = torch.randn(2, 3), torch.randn(2, 5), torch.randn(2, 5)
-    state = (h, c) if name == "LSTMCell" else h
-    parameters = dict(cell.named_parameters())
-
-    def first(result: Any) -> Tensor:
-        return result[0] if name == "LSTMCell" else result
-
-    def gradients() -> list[Tensor]:
-        return list(torch.autograd.grad(first(cell(x, state)).square().sum(), cell.parameters()))
-
-    def loss(values: dict[str, Tensor]) -> Tensor:
-        return first(torch.func.functional_call(cell, values, (x, state))).square().sum()
-
-    output, grads = first(cell(x, state)), gradients()
-    with torch.no_grad():
-        assert first(cell(x, state)).equal(output)
-    assert taken == [True] * 3
-    assert output.grad_fn is not None
-
-    row = (h[0], c[0]) if name == "LSTMCell" else h[0]
-    torch.testing.assert_close(first(cell(x[0], row)), output[0])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        first(cell(x, state))
-    others = torch.func.grad(loss)(parameters)
-    assert taken == [True] * 3 + [False] * 3
-    torch.testing.assert_close([others[key] for key in parameters], grads)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        tangent = torch.autograd.forward_ad.unpack_dual(first(cell(dual, state))).tangent
-    assert taken[-1] is False
-    assert tangent.abs().max() > 0
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_drop_in(name: str) -> None:
     torch.manual_seed(3)

@@ -25,6 +25,24 @@ def resident() -> int:
         return int(file.read().split()[1]) * 4096
 
 
+def in_a_process_of_its_own(code: str) -> None:
+    folder = __file__.rsplit("/", 1)[0]
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=folder)
+
+
+def peak() -> int:
+    """The most bytes it ever had there (Linux)."""
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith("VmHWM:"))
+    return int(line.split()[1]) << 10
+
+
+def peak_from_now_on() -> int:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return peak()
+
+
 def test_saved_tensors_of_two_calls_never_share_memory() -> None:
     lstm, x = fusedrnn.LSTM(64, 64), torch.randn(40, 8, 64)
     alone = train_step(lstm, x)
@@ -56,7 +74,7 @@ def test_used_memory_brings_no_values_along() -> None:
 
 
 def test_what_is_kept_is_bounded_and_given_back() -> None:
-    code = """
+    in_a_process_of_its_own("""
     import torch, fusedrnn, test_memory
     lstm, x = fusedrnn.LSTM(64, 512), torch.randn(400, 64, 64)  # 260 MB of gates and cells
     for steps in (100, 200, 400):
@@ -65,10 +83,7 @@ def test_what_is_kept_is_bounded_and_given_back() -> None:
     fusedrnn.empty_cache()
     returned = before - test_memory.resident()
     assert 128 << 20 < returned < 260 << 20, returned
-    """
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=__file__.rsplit("/", 1)[0]
-    )
+    """)
 
 
 def test_repeated_steps_do_not_grow() -> None:
@@ -80,6 +95,46 @@ def test_repeated_steps_do_not_grow() -> None:
     for _ in range(30):
         train_step(lstm, x)
     assert resident() - before < 8 << 20
+
+
+def test_a_thousand_shapes_do_not_grow() -> None:
+    in_a_process_of_its_own("""
+    import gc, itertools, torch, fusedrnn, test_memory
+    torch.set_num_threads(2)
+
+    def train(shapes):
+        for steps, batch, inputs, hidden in shapes:
+            module = fusedrnn.GRU if hidden % 2 else fusedrnn.LSTM
+            test_memory.train_step(module(inputs, hidden), torch.randn(steps, batch, inputs))
+        gc.collect()
+        fusedrnn.empty_cache()
+        return test_memory.resident()
+
+    shapes = [*itertools.product(range(1, 11), (1, 2, 3, 8, 33), (1, 17, 40, 64), range(30, 35))]
+    assert len(set(shapes)) == 1000
+    before = train(shapes[::5])  # the largest among them
+    grown = train(shapes) - before
+    assert grown < 8 << 20, grown
+    """)
+
+
+def test_training_workspace_of_an_lstm() -> None:
+    """Beside inputs, outputs and gradients: 5.5 H floats a row and step at most."""
+    in_a_process_of_its_own("""
+    import torch, fusedrnn, test_memory
+    steps, batch, inputs, hidden = 300, 64, 64, 512
+    lstm = fusedrnn.LSTM(inputs, hidden)
+    x = torch.randn(steps, batch, inputs, requires_grad=True)
+    dy = torch.randn(steps, batch, hidden)
+    y, _ = lstm(x[:2])
+    y.backward(dy[:2])  # all code is loaded
+    before = test_memory.peak_from_now_on()
+    y, _ = lstm(x)
+    y.backward(dy)
+    used = test_memory.peak() - before - y.nbytes
+    per_row = used / (steps * batch) / 4
+    assert 5.0 * hidden < per_row < 5.5 * hidden, per_row / hidden
+    """)
 
 
 def test_threads_and_empty_cache_at_once() -> None:

@@ -29,6 +29,8 @@ class ForwardChunk {
         own_panels_(share(panels_, slot.part, slot.parts)),
         own_output_panels_(sizes_.projected ? share(output_panels_, slot.part, slot.parts)
                                             : own_panels_),
+        packs_on_the_way_(d_.packed.input != nullptr && d_.chunk.first && d_.chunk.last &&
+                          slot.groups == 1),
         own_rows_(own_rows(schedule_, slot)),
         first_row_(schedule_.row0[d_.chunk.begin]) {}
 
@@ -41,8 +43,7 @@ class ForwardChunk {
     const auto& w = d_.weights;
     pack_bias(mine(own_panels_));
     if (d_.packed.input == nullptr) return;
-    pack_by_unit<kGates>(d_.packed.input, w.w_ih, sizes_.hidden, words_of<F>(sizes_.input),
-                         mine(own_panels_));
+    if (!packs_on_the_way_) pack_input(d_.packed.input, mine(own_panels_));
     pack_by_unit<kGates>(d_.packed.recurrent, w.w_hh, sizes_.hidden, words_of<F>(sizes_.output),
                          mine(own_panels_));
     if (sizes_.projected) {
@@ -74,8 +75,17 @@ class ForwardChunk {
       });
     };
     const auto multiply = [&](auto left) __attribute__((always_inline)) {
-      multiply_units<kGates>(mine, own_panels_, left, d_.packed.input, d_.weights.w_ih,
-                             d_.packed.input_scale, sizes_.hidden, sizes_.input, epilogue);
+      const int64_t at_once = packs_on_the_way_ ? 1 : own_panels_.size();
+      for (int64_t i = own_panels_.begin; i < own_panels_.end; i += at_once) {
+        const Range panels = {i, i + at_once};
+        Word* packed = d_.packed.input;
+        if (packs_on_the_way_) {
+          packed += (own_panels_.end - 1 - i) * panel_words(sizes_.input);
+          pack_input(packed, panels);
+        }
+        multiply_units<kGates>(mine, panels, left, packed, d_.weights.w_ih, d_.packed.input_scale,
+                               sizes_.hidden, sizes_.input, epilogue);
+      }
     };
     if constexpr (std::is_same_v<F, Bf16>) {
       if (d_.x_half != nullptr) {
@@ -107,6 +117,12 @@ class ForwardChunk {
   using Saved = std::conditional_t<kExact, S, uint16_t>;
   using Panel = UnitPanel<kGates>;
   using OutputPanel = UnitPanel<1>;
+
+  static int64_t panel_words(int64_t k) { return words_of<F>(k) * Panel::vectors * kLanes<S>; }
+
+  void pack_input(Word* packed, Range panels) const {
+    pack_by_unit<kGates>(packed, d_.weights.w_ih, sizes_.hidden, words_of<F>(sizes_.input), panels);
+  }
 
   // The index-th of this thread's rows of k values in words.
   Word* words_at(int64_t index, int64_t k) const { return words_ + index * words_of<F>(padded(k)); }
@@ -349,6 +365,9 @@ class ForwardChunk {
   const int64_t hidden_, output_;  // padded
   const int64_t panels_, output_panels_;
   const Range own_panels_, own_output_panels_;
+  // Panels of W_ih that this thread reads just once share the last one's place: they never leave
+  // its own cache.
+  const bool packs_on_the_way_;
   const Range own_rows_;
   const int64_t first_row_;  // packed, of the chunk
   int turn_ = 0;

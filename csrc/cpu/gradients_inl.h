@@ -13,6 +13,9 @@ FUSEDRNN_ISA_BEGIN
 // k is cut so that a block of a panel stays in a private cache while all rows pass by.
 inline constexpr int64_t kBlockK = 512;
 
+// From so many panels of columns on, the threads' shares of them are nearly equal.
+inline constexpr int64_t kPanelsPerThread = 4;
+
 template <class S, class E>
 class ChunkGradients {
  public:
@@ -29,20 +32,15 @@ class ChunkGradients {
         first_row_(schedule_.row0[d_.chunk.begin]),
         rows_(schedule_.row0[d_.chunk.end] - first_row_),
         words_(words_of<F>(rows_)),
+        packs_on_the_way_(d_.chunk.first && d_.chunk.last &&
+                          (input_panels() % slot.threads == 0 ||
+                           input_panels() >= kPanelsPerThread * slot.threads)),
         columns_(args.columns + slot.thread * args.columns_stride) {}
 
   // W_ih by input column, for dx.
   void pack() const {
-    if (args_.dx == nullptr || d_.packed.input == nullptr) return;
-    const int64_t k = words_of<F>(blocks_.gates * hidden_);
-    pack_by_column<kChunkVectors, F>(
-        d_.packed.input, sizes_.input, k, share(k, slot_.thread, slot_.threads),
-        Range{0, panel_count<S>(sizes_.input, kChunkVectors)}, [&](int64_t i) -> const E* {
-          const int64_t unit = i % hidden_;
-          if (unit >= sizes_.hidden) return nullptr;
-          return weight_row<F, E>(d_.weights.w_ih, i / hidden_ * sizes_.hidden + unit,
-                                  sizes_.input);
-        });
+    if (args_.dx == nullptr || d_.packed.input == nullptr || packs_on_the_way_) return;
+    pack_input(d_.packed.input, own(weight_words()), Range{0, input_panels()});
   }
 
   void accumulate() const {
@@ -66,7 +64,7 @@ class ChunkGradients {
       if (d_.packed.input == nullptr) {
         input_gradient_of_few();
       } else {
-        input_gradient(share(rows_, slot_.thread, slot_.threads));
+        input_gradient();
       }
     }
     slot_.wait_team();
@@ -77,6 +75,20 @@ class ChunkGradients {
   using W = Word<E>;
   static constexpr int64_t kValues = kValuesPerWord<F>;
   static constexpr int64_t kWidth = kChunkVectors * kLanes<S>;
+
+  int64_t weight_words() const { return words_of<F>(blocks_.gates * hidden_); }
+  int64_t input_panels() const { return panel_count<S>(sizes_.input, kChunkVectors); }
+  Range own(int64_t count) const { return share(count, slot_.thread, slot_.threads); }
+
+  void pack_input(W* packed, Range words, Range panels) const {
+    pack_by_column<kChunkVectors, F>(
+        packed, sizes_.input, weight_words(), words, panels, [&](int64_t i) -> const E* {
+          const int64_t unit = i % hidden_;
+          if (unit >= sizes_.hidden) return nullptr;
+          return weight_row<F, E>(d_.weights.w_ih, i / hidden_ * sizes_.hidden + unit,
+                                  sizes_.input);
+        });
+  }
 
   const E* x_at(int64_t row) const {
     return d_.x + io_row(schedule_, first_row_ + row) * sizes_.input;
@@ -226,22 +238,34 @@ class ChunkGradients {
     }
   }
 
-  void input_gradient(Range rows) const {
-    const int64_t all = words_of<F>(blocks_.gates * hidden_);
+  void input_gradient() const {
+    const int64_t all = weight_words();
     const E* dgates = d_.dgates + blocks_.input_begin() * hidden_;
-    for (int64_t k = 0; k < all; k += kBlockK) {
-      const auto row_at = [&](int64_t row) {
-        return as_words<E>(dgates + row * (blocks_.count * hidden_)) + k;
-      };
-      const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
-                                               int64_t panel) __attribute__((always_inline)) {
-        put_tile(tile, panel, sizes_.input, args_.add_dx || k > 0, [&](int r) {
-          return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
-        });
-      };
-      product<F, kChunkVectors>(rows, Range{0, panel_count<S>(sizes_.input, kChunkVectors)}, row_at,
-                                1, d_.packed.input + k * kWidth, all * kWidth,
-                                std::min(kBlockK, all - k), epilogue);
+    const Range rows = packs_on_the_way_ ? Range{0, rows_} : own(rows_);
+    const Range mine = packs_on_the_way_ ? own(input_panels()) : Range{0, input_panels()};
+    const int64_t at_once = packs_on_the_way_ ? 1 : mine.size();
+    const int64_t last = (mine.end - 1) * all + (all - 1) / kBlockK * kBlockK;
+    for (int64_t first = mine.begin; first < mine.end; first += at_once) {
+      const Range panels = {first, first + at_once};
+      for (int64_t k = 0; k < all; k += kBlockK) {
+        const int64_t size = std::min(kBlockK, all - k);
+        W* packed = d_.packed.input;
+        if (packs_on_the_way_) {
+          packed += (last - first * all - k) * kWidth;
+          pack_input(packed, Range{k, k + size}, panels);
+        }
+        const auto row_at = [&](int64_t row) {
+          return as_words<E>(dgates + row * (blocks_.count * hidden_)) + k;
+        };
+        const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
+                                                 int64_t panel) __attribute__((always_inline)) {
+          put_tile(tile, panel, sizes_.input, args_.add_dx || k > 0, [&](int r) {
+            return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
+          });
+        };
+        product<F, kChunkVectors>(rows, panels, row_at, 1, packed + k * kWidth, all * kWidth, size,
+                                  epilogue);
+      }
     }
   }
 
@@ -254,6 +278,9 @@ class ChunkGradients {
   const int64_t hidden_, output_;   // padded
   const int64_t first_row_, rows_;  // packed, of the chunk
   const int64_t words_;             // of rows_ values
+  // Where W_ih serves a single chunk, threads share dx's columns, not its rows: a block of W_ih is
+  // packed and used by one thread, and all blocks share the last one's place in its own cache.
+  const bool packs_on_the_way_;
   W* const columns_;
 };
 

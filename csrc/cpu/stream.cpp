@@ -152,7 +152,7 @@ struct Frozen {
     args.schedule = {1, 0, rows, row0, nullptr, nullptr};
     args.directions = 1;
     auto& d = args.direction[0];
-    d.chunk = {0, 1, true, true};
+    d.chunk = {0, 1, true, false};  // not the last: what is packed stays
     d.weights = {input.words.data(), recurrent.words.data(), layer.weights.b_ih, layer.weights.b_hh,
                  projection.words.data()};
     d.packed = packed;
