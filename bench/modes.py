@@ -69,8 +69,9 @@ HALF_GOALS = dict.fromkeys(
 LARGE = shapes("64,50,1024,1024", "32,100,512,512")
 BATCHED = shapes("4,100,256,256", "16,500,128,64", "32,50,256,256", "128,100,256,256")
 LARGE_GOALS = same(Goal(limits.SGEMM, None, 0.85))
-BATCH_FIRST_GOALS = same(Goal(limits.TIME_MAJOR, None, 1.0), GATED)
-THREADS_GOALS = same(Goal(limits.ONE_THREAD, None, 1.0), GATED)
+# No slower than itself: identical code reads 0.95 at times.
+BATCH_FIRST_GOALS = same(Goal(limits.TIME_MAJOR, None, 0.95), GATED)
+THREADS_GOALS = same(Goal(limits.ONE_THREAD, None, 0.95), GATED)
 DENORMAL_GOALS = same(Goal(limits.ORDINARY, None, 1 / 1.5), GATED)
 
 STREAM = shapes(*(f"1,1,{h},{h}" for h in (64, 128, 256, 512)))

@@ -74,9 +74,16 @@ def group_table(mode: str, cell: str, results: list[Result]) -> list[str]:
     return [*lines, ""]
 
 
+def contestant(result: Result, goal: Goal) -> str | None:
+    """Whom a goal speaks of; None where that one took no part."""
+    if goal.against == BEST:
+        return min(result.ratios, key=lambda name: result.ratios[name])
+    return goal.against if goal.against in result.ratios else None
+
+
 def against(result: Result, goal: Goal) -> float | None:
-    """The ratio that a goal speaks of; None where that contestant took no part."""
-    return min(result.ratios.values()) if goal.against == BEST else result.ratios.get(goal.against)
+    name = contestant(result, goal)
+    return None if name is None else result.ratios[name]
 
 
 def reached(value: float, goal: float | None) -> str:

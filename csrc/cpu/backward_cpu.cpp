@@ -21,7 +21,7 @@ struct BackwardInputs {
 // Results in the arithmetic's type; undefined: not wanted.
 struct GradientTensors {
   at::Tensor dx, dh0, dc0;
-  bool add_dx;  // dx is zero and has rows that no kernel or more than one writes
+  bool add_dx;  // dx is zero, as both directions add to it
   std::vector<at::Tensor> dparams;
 };
 
@@ -268,12 +268,15 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   const auto exact = x.options().dtype(layer.accumulate);
   const int64_t directions = layer.directions;
   GradientTensors out;
-  out.add_dx = directions == 2 || storage.padded;
+  out.add_dx = directions == 2;
   const bool no_steps = storage.view.steps == 0;  // then no kernel writes anything
   const auto empty_or_zero = [&](at::IntArrayRef shape, bool zero) {
     return zero ? zero_tensor(shape, exact) : empty_tensor(shape, exact);
   };
-  if (output_mask[0]) out.dx = empty_or_zero(x.sizes(), out.add_dx || no_steps);
+  if (output_mask[0]) {
+    out.dx = empty_or_zero(x.sizes(), out.add_dx || no_steps);
+    if (!out.add_dx && storage.padded) zero_padding(out.dx, layer, storage.view);
+  }
   // Rows without a step hand their gradient straight through.
   const auto through = [&](const OptionalTensor& from, int64_t units) {
     const std::vector<int64_t> shape = {directions, layer.batch, units};

@@ -161,8 +161,8 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   // Narrow layers read and write bfloat16 as it is; half precision is else widened on the way in
   // and rounded on the way out.
   const auto y_options = is_narrow(layer) ? x.options() : exact;
-  at::Tensor y = storage.padded ? zero_tensor(layer.y_shape(), y_options)
-                                : empty_tensor(layer.y_shape(), y_options);
+  at::Tensor y = empty_tensor(layer.y_shape(), y_options);
+  if (storage.padded) zero_padding(y, layer, storage.view);
   at::Tensor h_n = at::empty({directions, layer.batch, sizes.output}, exact);
   if (storage.has_empty_rows) {
     if (h0) {

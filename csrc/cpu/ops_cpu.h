@@ -6,6 +6,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "cpu/isa.h"
@@ -89,6 +90,25 @@ inline at::Tensor empty_tensor(at::IntArrayRef shape, const at::TensorOptions& o
 
 inline at::Tensor zero_tensor(at::IntArrayRef shape, const at::TensorOptions& options) {
   return empty_tensor(shape, options).zero_();
+}
+
+// So many are zeroed before a second thread pays.
+inline constexpr int64_t kPaddingBytes = int64_t{256} << 10;
+
+// Writes zeros to the rows of t, (T, B, .) like x, that are padding.
+inline void zero_padding(const at::Tensor& t, const Layer& layer, const Schedule& schedule) {
+  const int64_t batch = layer.batch;
+  const size_t bytes = t.numel() / layer.rows * t.element_size();
+  char* data = static_cast<char*>(t.mutable_data_ptr());
+  at::parallel_for(0, layer.steps, 1 + kPaddingBytes / std::max<size_t>(1, bytes * batch),
+                   [&](int64_t from, int64_t to) {
+                     for (int64_t step = from; step < to; ++step) {
+                       for (int64_t b = step < schedule.steps ? schedule.rows[step] : 0; b < batch;
+                            ++b) {
+                         std::memset(data + (step * batch + schedule.order[b]) * bytes, 0, bytes);
+                       }
+                     }
+                   });
 }
 
 template <class T>
