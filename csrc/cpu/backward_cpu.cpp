@@ -75,9 +75,10 @@ class BackwardRun {
     const int64_t chunks = static_cast<int64_t>(bounds_.size()) - 1;
     for (int64_t i = 0; i < chunks; ++i) {
       for (int d = 0; d < layer_.directions; ++d) enter_chunk(d, i);
+      const Workload now = workload_in_chunk(work_, schedule_, args_.direction);
       run_team(
           at::get_num_threads(), layer_.directions,
-          [&](int threads) { return plan_team(work_, threads); },
+          [&](int threads) { return plan_team(now, threads); },
           [&](const Slot& slot) { kernel(args_, slot); });
       for (int d = 0; d < layer_.directions; ++d) leave_chunk(args_.direction[d], next_[d]);
     }
@@ -119,7 +120,7 @@ class BackwardRun {
   void allocate() {
     const Sizes& sizes = layer_.sizes;
     const int64_t gates = gate_blocks(layer_.cell) * hidden_;
-    const int threads = plan_team(work_, at::get_num_threads()).threads();
+    const int threads = most_threads(work_, schedule_, bounds_);
     scratch_.want(&zeros_, zero_count());
     const int64_t row_words = words_of<E>(most_rows_);
     scratch_.want(&args_.previous, most_rows_);

@@ -22,7 +22,7 @@ class BackwardChunk {
         output_(sizes_.output_padded()),
         own_output_panels_(share(panel_count<S>(output_, kStepVectors), slot.part, slot.parts)),
         own_hidden_panels_(share(panel_count<S>(hidden_, kStepVectors), slot.part, slot.parts)),
-        own_rows_(own_rows(schedule_, slot)),
+        own_rows_(own_rows(schedule_, d_.chunk, slot)),
         first_row_(schedule_.row0[d_.chunk.begin]) {}
 
   // W_hh by output column, W_hr by hidden unit: this thread's panels, or its group's share of them.

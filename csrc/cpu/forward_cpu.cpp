@@ -84,7 +84,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     if (!(save && direct)) scratch.want(&dir.gates, most_rows * gates_width);
   }
   if constexpr (narrow) {
-    const int threads = plan_team(work, at::get_num_threads()).threads();
+    const int threads = most_threads(work, schedule, bounds);
     args.factors_stride = padded(most_rows);
     args.words_stride =
         most_rows * words_of<E>(padded(std::max({sizes.input, sizes.hidden, sizes.output})));
@@ -118,9 +118,10 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
         dir.gates = data_of<S>(gates) + at;
       }
     }
+    const Workload now = workload_in_chunk(work, schedule, args.direction);
     run_team(
         at::get_num_threads(), layer.directions,
-        [&](int threads) { return plan_team(work, threads); },
+        [&](int threads) { return plan_team(now, threads); },
         [&](const Slot& slot) { kernel(args, slot); });
     for (int d = 0; d < layer.directions; ++d) {
       ForwardDirection<S, Word<E>>& dir = args.direction[d];

@@ -31,7 +31,7 @@ class ForwardChunk {
                                             : own_panels_),
         packs_on_the_way_(d_.packed.input != nullptr && d_.chunk.first && d_.chunk.last &&
                           slot.groups == 1),
-        own_rows_(own_rows(schedule_, slot)),
+        own_rows_(own_rows(schedule_, d_.chunk, slot)),
         first_row_(schedule_.row0[d_.chunk.begin]) {}
 
   // Each thread packs the panels that it will read, or its group's share of them.

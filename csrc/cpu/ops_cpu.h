@@ -203,6 +203,27 @@ inline Workload workload_of(const Layer& layer, const Schedule& schedule, int pr
           products};
 }
 
+// The same while one chunk is walked, which may begin with fewer rows than the first step has.
+template <class Direction>
+Workload workload_in_chunk(Workload work, const Schedule& schedule, const Direction* directions) {
+  work.batch = 0;
+  for (int d = 0; d < work.directions; ++d) {
+    work.batch = std::max(work.batch, schedule.rows[directions[d].chunk.begin]);
+  }
+  return work;
+}
+
+// The most threads that any chunk is walked by.
+inline int most_threads(Workload work, const Schedule& schedule,
+                        const std::vector<int64_t>& bounds) {
+  int threads = 1;
+  for (size_t i = 0; i + 1 < bounds.size(); ++i) {
+    work.batch = schedule.rows[bounds[i]];
+    threads = std::max(threads, plan_team(work, at::get_num_threads()).threads());
+  }
+  return threads;
+}
+
 // Most rows of a chunk.
 inline int64_t chunk_rows(const Schedule& schedule, const std::vector<int64_t>& bounds) {
   int64_t most = 0;

@@ -8,22 +8,23 @@
 
 namespace fusedrnn {
 
-// The rows that a group owns for the whole sequence: equal shares of the (step, row) pairs, since
-// longer rows stand first.
-inline Range own_rows(const Schedule& schedule, const Slot& slot) {
-  const int64_t steps = schedule.steps, batch = schedule.batch;
-  if (slot.groups == 1) return {0, batch};
-  if (schedule.rows[steps - 1] == batch) return share(batch, slot.group, slot.groups);
-  const int64_t total = schedule.row0[steps];
-  const auto bound = [&](int group) {
-    if (group == slot.groups) return batch;
-    const int64_t target = total * group / slot.groups;
-    int64_t low = 0, high = batch;  // the fewest rows with at least `target` pairs
+// The rows that a group owns for a chunk: equal shares of its (step, row) pairs, since longer rows
+// stand first. Rows that have no step in it belong to the last group.
+inline Range own_rows(const Schedule& schedule, const Chunk& chunk, const Slot& slot) {
+  const int64_t most = schedule.rows[chunk.begin], least = schedule.rows[chunk.end - 1];
+  const auto first_row = [&](int group) -> int64_t {
+    if (group == slot.groups) return schedule.batch;
+    if (most == least) return share(most, group, slot.groups).begin;
+    const int64_t pairs = schedule.row0[chunk.end] - schedule.row0[chunk.begin];
+    const int64_t target = pairs * group / slot.groups;
+    int64_t low = 0, high = most;  // the fewest rows with at least `target` pairs
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      int64_t pairs = 0;
-      for (int64_t t = 0; t < steps; ++t) pairs += std::min(schedule.rows[t], middle);
-      if (pairs < target) {
+      int64_t before = 0;
+      for (int64_t t = chunk.begin; t < chunk.end; ++t) {
+        before += std::min(schedule.rows[t], middle);
+      }
+      if (before < target) {
         low = middle + 1;
       } else {
         high = middle;
@@ -31,7 +32,7 @@ inline Range own_rows(const Schedule& schedule, const Slot& slot) {
     }
     return low;
   };
-  return {bound(slot.group), bound(slot.group + 1)};
+  return {first_row(slot.group), first_row(slot.group + 1)};
 }
 
 // Rows that have a step t; none outside the sequence.
