@@ -281,8 +281,8 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   // Rows without a step hand their gradient straight through.
   const auto through = [&](const OptionalTensor& from, int64_t units) {
     const std::vector<int64_t> shape = {directions, layer.batch, units};
-    if (!storage.has_empty_rows) return at::empty(shape, exact);
-    return from ? at::empty(shape, exact).copy_(*from) : at::zeros(shape, exact);
+    if (!storage.has_empty_rows) return plain_empty(shape, exact);
+    return from ? plain_empty(shape, exact).copy_(*from) : at::zeros(shape, exact);
   };
   if (output_mask[1]) out.dh0 = through(dh_n, layer.sizes.output);
   if (output_mask[2] && has_cell_state(layer.cell)) out.dc0 = through(dc_n, layer.sizes.hidden);
@@ -294,7 +294,7 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
              [&]<class S, class E>() { BackwardRun<S, E>(layer, storage, saved, out).run(); });
 
   const auto result = [&](const at::Tensor& t) {
-    return t.defined() ? as_dtype(t, layer.dtype) : at::empty({0}, x.options());
+    return t.defined() ? as_dtype(t, layer.dtype) : plain_empty({0}, x.options());
   };
   std::vector<at::Tensor> dparams;
   for (const at::Tensor& t : out.dparams) dparams.push_back(result(t));

@@ -164,7 +164,7 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   const auto y_options = is_narrow(layer) ? x.options() : exact;
   at::Tensor y = empty_tensor(layer.y_shape(), y_options);
   if (storage.padded) zero_padding(y, layer, storage.view);
-  at::Tensor h_n = at::empty({directions, layer.batch, sizes.output}, exact);
+  at::Tensor h_n = plain_empty({directions, layer.batch, sizes.output}, exact);
   if (storage.has_empty_rows) {
     if (h0) {
       h_n.copy_(*h0);
@@ -175,7 +175,7 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   const bool save_gates = save && saved_blocks(layer.cell) > 1, save_cells = save && lstm;
   const auto empty_where = [](bool wanted, at::IntArrayRef shape,
                               const at::TensorOptions& options) {
-    return wanted ? empty_tensor(shape, options) : at::empty({0}, options);
+    return wanted ? empty_tensor(shape, options) : plain_empty({0}, options);
   };
   const at::Tensor c_n = empty_where(lstm, {directions, layer.batch, sizes.hidden}, exact);
   const at::Tensor gates =

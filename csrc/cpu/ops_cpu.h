@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -44,6 +45,11 @@ constexpr int64_t words_of(int64_t k) {
   return (k + each - 1) / each;
 }
 
+// at::empty on the CPU, past the dispatcher: a short call makes five tensors.
+inline at::Tensor plain_empty(at::IntArrayRef shape, const at::TensorOptions& options) {
+  return at::detail::empty_cpu(shape, c10::typeMetaToScalarType(options.dtype()));
+}
+
 // bfloat16 is uint16_t to the kernels.
 template <class T>
 inline constexpr at::ScalarType kDtype = at::CppTypeToScalarType<T>::value;
@@ -52,7 +58,7 @@ inline constexpr at::ScalarType kDtype<uint16_t> = at::kBFloat16;
 
 template <class To, class From>
 at::Tensor converted(const at::Tensor& t, at::ScalarType dtype) {
-  at::Tensor result = at::empty(t.sizes(), t.options().dtype(dtype));
+  at::Tensor result = plain_empty(t.sizes(), t.options().dtype(dtype));
   const auto* from = static_cast<const From*>(t.const_data_ptr());
   std::copy(from, from + t.numel(), static_cast<To*>(result.mutable_data_ptr()));
   return result;
@@ -76,7 +82,7 @@ inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
 // at::empty, its memory from the pool where it is large; resizable like any other.
 inline at::Tensor empty_tensor(at::IntArrayRef shape, const at::TensorOptions& options) {
   const size_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
-  if (bytes < Block::kLeastPooled) return at::empty(shape, options);
+  if (bytes < Block::kLeastPooled) return plain_empty(shape, options);
   auto block = std::make_unique<Block>(bytes);
   void* data = block->data();
   const auto give_back = [](void* context) { delete static_cast<Block*>(context); };
