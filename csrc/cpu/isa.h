@@ -26,6 +26,8 @@ struct NarrowTable {
   void (*forward[kCells])(const ForwardArgs<float, uint32_t>&, const Slot&);
   // bfloat16, but for ReLU; else null
   void (*backward[kCells])(const BackwardArgs<float, uint16_t>&, const Slot&);
+  // n values to bfloat16, to the nearest, ties to even; else null
+  void (*round)(const float* from, uint16_t* to, int64_t n);
 };
 
 struct Isa {

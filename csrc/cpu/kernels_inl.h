@@ -12,6 +12,12 @@ void map(const S* x, S* y, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<S>) store(y + i, Function(load(x + i, n - i)), n - i);
 }
 
+inline void round_values(const float* from, uint16_t* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    Bf16::store_half(to + i, load(from + i, n - i), n - i);
+  }
+}
+
 template <class S>
 constexpr KernelTable<S> kernel_table() {
   return {{forward_pack<Cell::kLstm, S>, forward_pack<Cell::kGru, S>,
@@ -31,8 +37,10 @@ constexpr NarrowTable narrow_table() {
        forward_pack<Cell::kRnnTanh, float, F>, forward_pack<Cell::kRnnRelu, float, F>},
       {forward_chunk<Cell::kLstm, float, F>, forward_chunk<Cell::kGru, float, F>,
        forward_chunk<Cell::kRnnTanh, float, F>, forward_chunk<Cell::kRnnRelu, float, F>},
-      {}};
+      {},
+      nullptr};
   if constexpr (std::is_same_v<F, Bf16>) {
+    table.round = round_values;
     table.backward[static_cast<int>(Cell::kLstm)] = backward_chunk<Cell::kLstm, float, uint16_t>;
     table.backward[static_cast<int>(Cell::kGru)] = backward_chunk<Cell::kGru, float, uint16_t>;
     table.backward[static_cast<int>(Cell::kRnnTanh)] =

@@ -56,29 +56,6 @@ inline constexpr at::ScalarType kDtype = at::CppTypeToScalarType<T>::value;
 template <>
 inline constexpr at::ScalarType kDtype<uint16_t> = at::kBFloat16;
 
-template <class To, class From>
-at::Tensor converted(const at::Tensor& t, at::ScalarType dtype) {
-  at::Tensor result = plain_empty(t.sizes(), t.options().dtype(dtype));
-  const auto* from = static_cast<const From*>(t.const_data_ptr());
-  std::copy(from, from + t.numel(), static_cast<To*>(result.mutable_data_ptr()));
-  return result;
-}
-
-// t in another dtype. Short calls feel even a conversion that changes nothing, and the dispatcher
-// where there are a few values.
-inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
-  if (t.scalar_type() == dtype) return t;
-  if (t.numel() <= 1024 && t.is_contiguous()) {
-    if (t.scalar_type() == at::kBFloat16 && dtype == at::kFloat) {
-      return converted<float, c10::BFloat16>(t, dtype);
-    }
-    if (t.scalar_type() == at::kFloat && dtype == at::kBFloat16) {
-      return converted<c10::BFloat16, float>(t, dtype);
-    }
-  }
-  return t.to(dtype);
-}
-
 // at::empty, its memory from the pool where it is large; resizable like any other.
 inline at::Tensor empty_tensor(at::IntArrayRef shape, const at::TensorOptions& options) {
   const size_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
@@ -92,6 +69,30 @@ inline at::Tensor empty_tensor(at::IntArrayRef shape, const at::TensorOptions& o
       .resizeable_storage()
       .allocator(c10::GetCPUAllocator())
       .make_tensor();
+}
+
+// So many values are converted before a second thread pays.
+inline constexpr int64_t kValuesToConvert = int64_t{64} << 10;
+
+// t in another dtype. Short calls feel even a conversion that changes nothing, and the dispatcher's
+// way to bfloat16 and back.
+inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
+  if (t.scalar_type() == dtype) return t;
+  const bool narrows = t.scalar_type() == at::kFloat && dtype == at::kBFloat16;
+  const bool widens = t.scalar_type() == at::kBFloat16 && dtype == at::kFloat;
+  if (!t.is_contiguous() || !(narrows || (widens && t.numel() <= 1024))) return t.to(dtype);
+  at::Tensor result = empty_tensor(t.sizes(), t.options().dtype(dtype));
+  if (widens) {
+    const auto* from = static_cast<const c10::BFloat16*>(t.const_data_ptr());
+    std::copy(from, from + t.numel(), static_cast<float*>(result.mutable_data_ptr()));
+    return result;
+  }
+  const auto* from = static_cast<const float*>(t.const_data_ptr());
+  auto* to = static_cast<uint16_t*>(result.mutable_data_ptr());
+  at::parallel_for(0, t.numel(), kValuesToConvert, [&](int64_t begin, int64_t end) {
+    current_isa().bf16.round(from + begin, to + begin, end - begin);
+  });
+  return result;
 }
 
 inline at::Tensor zero_tensor(at::IntArrayRef shape, const at::TensorOptions& options) {
