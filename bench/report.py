@@ -227,3 +227,10 @@ def save(header: dict[str, str], results: list[Result], out: Path, stem: str) ->
     paths.append(out / f"{stem}.png")
     picture(header, results, paths[-1])
     return paths
+
+
+def load(path: Path) -> tuple[dict[str, str], list[Result]]:
+    """What save() wrote to STEM.json."""
+    found = json.loads(path.read_text())
+    results = [Result(**r | {"shape": Shape.parse(r["shape"])}) for r in found["results"]]
+    return found["header"], results

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, compare, machine, modes, peers, report, timing
+from bench import cases, compare, floors, machine, modes, peers, report, timing
 from bench.shapes import CELLS, SHAPES, Shape
 
 SMALL = Shape(3, 7, 5, 4)
@@ -269,3 +269,37 @@ def test_bad_options(capsys) -> None:
         with pytest.raises(SystemExit, match="2"):
             compare.parse(options)
     assert "B,T,I,H" in capsys.readouterr().err
+
+
+def test_a_floor_is_products_or_reading_weights() -> None:
+    rates = floors.Machine(2, flops=1e9, private_cache=1e9, shared_cache=1e8)
+    assert floors.floor(rates, "forward", "lstm", Shape(8, 10, 4, 4)) == pytest.approx(
+        2 * 16 * (4 + 4) * 8 * 10 / 2e9
+    )
+    # One row: half of W_hh's 256 bytes, 128 ns, is longer than its 64 ns of products.
+    inputs, step = 2 * 16 * 4 * 10 / 2e9, 128e-9
+    one_row = Shape(1, 10, 4, 4)
+    assert floors.floor(rates, "forward", "lstm", one_row) == pytest.approx(inputs + 10 * step)
+    assert floors.floor(rates, "training", "lstm", one_row) == pytest.approx(4 * inputs + 20 * step)
+    beyond = 4 * 4 * 1024 * 1024 / 2 - rates.private_bytes
+    assert floors.floor(rates, "forward", "lstm", Shape(1, 1, 1, 1024)) == pytest.approx(
+        2 * 4096 / 2e9 + rates.private_bytes / 1e9 + beyond / 1e8
+    )
+
+
+def test_the_table_of_floors(tmp_path: Path, monkeypatch) -> None:
+    header = {"threads": "2", "cpu": "a processor", "versions": "some"}
+    report.save(header, results_of(4.0, 1.0, 0.5), tmp_path, "some")
+    found, results = report.load(tmp_path / "some.json")
+    assert found == header
+    assert results == results_of(4.0, 1.0, 0.5)
+    monkeypatch.setattr(floors, "probe", lambda threads: floors.Machine(threads, 1e11, 5e10, 2e10))
+    floors.main([str(tmp_path / "some.json")])
+    text = (tmp_path / "floors.md").read_text()
+    assert "| GRU, forward | the quickest peer | 0.71 | 2.10 |" in text, "the first is of one step"
+
+
+def test_the_probe() -> None:
+    found = floors.probe(1)
+    assert found.flops > found.private_cache / 4 > 0
+    assert found.private_cache >= found.shared_cache * 0.5 > 0

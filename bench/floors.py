@@ -1,0 +1,138 @@
+"""How quick any implementation could be here, and what is left to gain.
+
+    python -m bench.floors                  # of bench/results/compare.json, written beside it
+
+A shape's floor is the time of its multiplications at the rate of a loop that does nothing else, and
+of reading W_hh at every step through the caches; activations, packing, barriers and calls cost
+nothing. bench/probe.cpp measures those rates. A goal is out of reach where the peer's time / the
+floor, the bound, is smaller; shapes of one step are left out, as calls decide there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import report
+from .limits import GATES
+from .modes import MODES, Goal
+from .shapes import Shape
+
+WHOLE_LAYERS = ("forward", "training")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one of `threads` threads, all of which run."""
+
+    threads: int
+    flops: float
+    private_cache: float  # bytes a second
+    shared_cache: float
+    private_bytes: int = 1 << 20  # its size
+
+
+def probe(threads: int) -> Machine:
+    source = Path(__file__).with_name("probe.cpp")
+    compiler = os.environ.get("CXX") or "g++"
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/probe"
+        command = [
+            compiler,
+            "-O2",
+            "-std=gnu++20",
+            "-ffp-contract=fast",
+            "-march=native",
+            "-pthread",
+            source,
+        ]
+        subprocess.run([*command, "-o", program], check=True)
+        found = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True)
+    return Machine(threads, **json.loads(found.stdout))
+
+
+def floor(machine: Machine, mode: str, cell: str, shape: Shape) -> float:
+    """Seconds."""
+    weights = GATES[cell] * shape.hidden_size  # rows
+    pairs = shape.batch * shape.steps
+    rate = machine.threads * machine.flops
+
+    def product(k: int, rows: int) -> float:
+        return 2 * weights * k * rows / rate
+
+    share = 4 * weights * shape.hidden_size / machine.threads  # bytes of W_hh a thread has to read
+    beyond = max(0.0, share - machine.private_bytes)
+    reading = (share - beyond) / machine.private_cache + beyond / machine.shared_cache
+    step = max(product(shape.hidden_size, shape.batch), reading)
+    inputs = product(shape.input_size, pairs)
+    if mode == "forward":
+        return inputs + shape.steps * step
+    # dx like the inputs' projection; dW of both; the walk back reads W_hh once more.
+    return 3 * inputs + product(shape.hidden_size, pairs) + 2 * shape.steps * step
+
+
+def line(machine: Machine, mode: str, cell: str, goal: Goal, results: list[report.Result]) -> str:
+    bounds, shares, ratios = [], [], []
+    for result in results:
+        ratio = report.against(result, goal)
+        if ratio is None or result.shape.steps == 1:
+            continue
+        share = floor(machine, mode, cell, result.shape) / result.seconds[report.FUSED]
+        bounds.append((ratio / share, result.shape))
+        shares.append(share)
+        ratios.append(ratio)
+    if not bounds:
+        return ""
+    mean = report.geometric_mean
+    least, where = min(bounds)
+    wanted = "-" if goal.mean is None else f"{goal.mean:.2f}"
+    return (
+        f"| {cell.upper()}, {mode} | {goal.against} | {mean(ratios):.2f} | {wanted} "
+        f"| {mean(b for b, _ in bounds):.2f} | {least:.2f} at {where} | {mean(shares):.0%} |"
+    )
+
+
+def table(machine: Machine, results: list[report.Result]) -> str:
+    lines = [
+        "# What the machine allows",
+        "",
+        f"Of one thread while {machine.threads} run (`bench/probe.cpp`): "
+        f"{machine.flops / 1e9:.0f} GFLOP/s, {machine.private_cache / 1e9:.0f} GB/s from its "
+        f"private cache, {machine.shared_cache / 1e9:.0f} GB/s from the shared one.",
+        "",
+        "The bound is the peer's time / the floor: what fusedrnn would reach if activations,",
+        "packing, barriers and calls cost nothing and no product stopped for a moment. Shapes of",
+        "one step are left out of all columns.",
+        "",
+        "| | time of ... / time of fusedrnn | reached | goal | bound | least bound "
+        "| floor / our time |",
+        "|:--|:--|--:|--:|--:|:--|--:|",
+    ]
+    for (mode, cell), members in report.groups(results).items():
+        if mode in WHOLE_LAYERS:
+            lines += [
+                text
+                for goal in MODES[mode].goals[cell]
+                if (text := line(machine, mode, cell, goal, members))
+            ]
+    return "\n".join([*lines, ""])
+
+
+def main(argv: list[str] | None = None) -> None:
+    here = Path(__file__).parent / "results"
+    parser = argparse.ArgumentParser(prog="bench.floors", description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="?", type=Path, default=here / "compare.json")
+    path = parser.parse_args(argv).results
+    header, results = report.load(path)
+    text = table(probe(int(header["threads"])), results)
+    print(text)
+    path.with_name("floors.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
