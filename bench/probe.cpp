@@ -72,7 +72,7 @@ double read(const float* from, int64_t values, int64_t rounds) {
 // The best of many turns, in which all threads run at once; the slowest thread's rate counts.
 template <class Work>
 double best_rate(int threads, Work work) {
-  std::vector<double> best(40, 1e300);
+  std::vector<double> best(200, 1e300);
   std::vector<std::vector<double>> rates(threads, std::vector<double>(best.size()));
   std::barrier start(threads);
   std::vector<std::thread> team;
