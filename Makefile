@@ -32,6 +32,7 @@ endif
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo "example-NAME  run examples/NAME.py; ARGS=\"--tiny\" is passed on"
 
 env: $(ENV)  ## make the environment
 bench-env: $(BENCH_ENV)  ## the same, with the peers that `make bench` compares with
@@ -43,6 +44,9 @@ test: build  ## the whole test suite; ARGS="-k gru" is passed on
 
 demo: build  ## train a character model with torch.nn and with fusedrnn, side by side
 	$(PY) examples/char_lm.py $(ARGS)
+
+example-%: build
+	$(PY) examples/$*.py $(ARGS)
 
 bench: build $(BENCH_ENV)  ## time fusedrnn against its peers; ARGS="--quick" is passed on
 	$(PY) -m bench.compare $(ARGS)
@@ -84,7 +88,7 @@ $(VENV)/bin/python:
 	@sh scripts/doctor.sh --venv "$(PYTHON)"
 	"$(PYTHON)" -m venv "$(VENV)"
 
-$(VENV)/.stamp-%: requirements/%.txt requirements/build.txt requirements/dev.txt | $(VENV)/bin/python
+$(VENV)/.stamp-%: requirements/%.txt requirements/build.txt requirements/dev.txt requirements/examples.txt | $(VENV)/bin/python
 	$(PY) -m pip install --progress-bar on -r requirements/$*.txt
 	@touch $@
 endif

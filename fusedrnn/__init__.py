@@ -3,9 +3,10 @@
 ``fusedrnn.RNN``, ``LSTM``, ``GRU`` and their cells take the place of ``torch.nn``'s;
 ``fusedrnn.convert(model)`` swaps those inside a model. Beyond torch.nn: ``lengths`` and ``reset``
 in the kernel, double backward, ``torch.func``, ``torch.compile(fullgraph=True)``.
+``fusedrnn.models`` builds encoders, attention and decoders on them.
 """
 
-from fusedrnn import autograd, functional, reference
+from fusedrnn import autograd, functional, models, reference
 from fusedrnn._ops import _C
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
 from fusedrnn.convert import convert, revert
@@ -27,6 +28,7 @@ __all__ = [
     "cpu_isas",
     "empty_cache",
     "functional",
+    "models",
     "reference",
     "revert",
 ]

@@ -1,0 +1,80 @@
+"""Initial values that matter to recurrent networks; each works in place and returns the module.
+
+They reach every RNN, LSTM, GRU and cell inside a module, fusedrnn's and torch.nn's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fusedrnn.reference import GATES
+
+M = TypeVar("M", bound=nn.Module)
+
+_CELL_MODES = {nn.RNNCell: "RNN_TANH", nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
+
+
+def _recurrent(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every recurrent module and its mode."""
+    found = False
+    for part in module.modules():
+        mode = part.mode if isinstance(part, nn.RNNBase) else None
+        for kind, name in _CELL_MODES.items():
+            mode = name if isinstance(part, kind) else mode
+        if mode is not None:
+            found = True
+            yield part, mode
+    if not found:
+        raise ValueError(f"module: expected a recurrent module inside {type(module).__name__}")
+
+
+def _named(module: nn.Module, kind: str) -> Iterator[Tensor]:
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.startswith(kind):
+            yield parameter
+
+
+@torch.no_grad()
+def identity_recurrent_(module: M, scale: float = 1.0) -> M:
+    """W_hh of every RNN is ``scale`` times the identity and its biases zero: with ReLU, the IRNN of
+    Le et al. 2015. Raises ValueError for gated cells."""
+    for part, mode in _recurrent(module):
+        if not mode.startswith("RNN"):
+            raise ValueError(f"module: expected RNNs alone, got {mode}")
+        for weight in _named(part, "weight_hh"):
+            nn.init.eye_(weight).mul_(scale)
+        for bias in _named(part, "bias"):
+            bias.zero_()
+    return module
+
+
+@torch.no_grad()
+def orthogonal_recurrent_(module: M, gain: float = 1.0) -> M:
+    """Each gate's block of W_hh is orthogonal (Saxe et al. 2014)."""
+    for part, mode in _recurrent(module):
+        for weight in _named(part, "weight_hh"):
+            for block in weight.chunk(GATES[mode]):
+                block.copy_(nn.init.orthogonal_(torch.empty_like(block), gain))
+    return module
+
+
+@torch.no_grad()
+def forget_gate_bias_(module: M, value: float = 1.0) -> M:
+    """The forget gate of every LSTM starts with a bias of ``value`` in all (Gers et al. 2000;
+    Jozefowicz et al. 2015): b_ih holds it, b_hh zero. Raises ValueError where there is no LSTM with
+    biases."""
+    found = False
+    for part, mode in _recurrent(module):
+        if mode != "LSTM":
+            continue
+        for kind, wanted in (("bias_ih", value), ("bias_hh", 0.0)):
+            for bias in _named(part, kind):
+                bias.chunk(4)[1].fill_(wanted)
+                found = True
+    if not found:
+        raise ValueError(f"module: expected an LSTM with biases inside {type(module).__name__}")
+    return module

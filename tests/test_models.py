@@ -1,0 +1,405 @@
+"""fusedrnn.models: encoder, attention, decoder, losses, initialisers against independent forms."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fusedrnn
+from fusedrnn import models
+
+CELLS = ("rnn", "lstm", "gru")
+ATTENTIONS = (None, "dot", "general", "concat", "bahdanau")
+
+
+@pytest.fixture(autouse=True)
+def _fast(one_thread: None) -> None:
+    """Everything here is small."""
+
+
+def parts(state: Any) -> tuple[Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+# ---- the encoder --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_encoder_is_torchs_layers_row_by_row(cell: str, bidirectional: bool) -> None:
+    """A residual stack over rows of different length, against torch.nn over each row alone."""
+    torch.manual_seed(0)
+    encoder = models.Encoder(
+        5, 4, num_embeddings=9, cell=cell, num_layers=3, bidirectional=bidirectional, residual=True
+    ).double()
+    tokens, lengths = torch.randint(9, (4, 6)), torch.tensor([6, 0, 3, 1])
+    output, state = encoder(tokens, lengths)
+    assert output.shape == (4, 6, encoder.output_size)
+    kind = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell]
+    for row, length in enumerate(lengths.tolist()):
+        assert output[row, length:].eq(0).all()
+        if length == 0:
+            assert all(part[:, row].eq(0).all() for part in parts(state))
+            continue
+        x = encoder.embedding(tokens[row : row + 1, :length])
+        finals = []
+        for index, layer in enumerate(encoder.stack.layers):
+            plain = kind(
+                layer.input_size, 4, batch_first=True, bidirectional=bidirectional
+            ).double()
+            plain.load_state_dict(layer.state_dict())
+            y, final = plain(x)
+            x = y if index == 0 else x + y
+            finals.append(parts(final))
+        torch.testing.assert_close(output[row : row + 1, :length], x)
+        for i, part in enumerate(parts(state)):
+            torch.testing.assert_close(part[:, row], torch.cat([f[i] for f in finals])[:, 0])
+
+
+def test_encoder_takes_features_states_and_resets() -> None:
+    encoder = models.Encoder(3, 4, cell="lstm", num_layers=2)
+    x = torch.randn(2, 5, 3)
+    first, state = encoder(x[:, :2])
+    second, final = encoder(x[:, 2:], hx=state)
+    whole, expected = encoder(x)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    torch.testing.assert_close(final, expected)
+    reset = torch.zeros(2, 5, dtype=torch.bool)
+    reset[:, 2] = True
+    torch.testing.assert_close(encoder(x, reset=reset)[0][:, 2:], encoder(x[:, 2:])[0])
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def attention_by_hand(module: models.Attention, q: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """One query (Q,) over the valid states (S, E), in float64."""
+    weight = {n: p.detach().double() for n, p in module.named_parameters()}
+    if module.kind == "dot":
+        scores = torch.einsum("q,sq->s", q, m)
+    elif module.kind == "general":
+        scores = torch.einsum("q,qe,se->s", q, weight["key_layer.weight"], m)
+    else:
+        hidden = torch.einsum("aq,q->a", weight["query_layer.weight"], q) + torch.einsum(
+            "ae,se->sa", weight["key_layer.weight"], m
+        )
+        hidden = hidden + weight.get("key_layer.bias", torch.zeros(()).double())
+        scores = torch.einsum("a,sa->s", weight["score_layer.weight"][0], hidden.tanh())
+    weights = scores.exp() / scores.exp().sum()
+    return torch.einsum("s,se->e", weights, m), weights
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS[1:])
+def test_attention(kind: str) -> None:
+    torch.manual_seed(1)
+    memory_size = 4 if kind == "dot" else 6
+    module = models.Attention(kind, 4, memory_size)
+    values, lengths = torch.randn(3, 5, memory_size), torch.tensor([5, 2, 0])
+    values[1, 2:] = torch.nan  # padding is never looked at
+    values.requires_grad_()
+    query = torch.randn(3, 2, 4)
+    context, weights = module(query, module.remember(values, lengths))
+    for row, length in enumerate(lengths.tolist()):
+        assert weights[row, :, length:].eq(0).all()
+        for t in range(2):
+            if length == 0:
+                assert context[row, t].eq(0).all()
+                continue
+            right = attention_by_hand(
+                module, query[row, t].double(), values[row, :length].detach().double()
+            )
+            torch.testing.assert_close(context[row, t].double(), right[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                weights[row, t, :length].double(), right[1], rtol=1e-5, atol=1e-5
+            )
+    context.square().sum().backward()
+    assert values.grad is not None
+    assert values.grad[1, 2:].eq(0).all()
+    assert values.grad.isfinite().all()
+
+
+# ---- the decoder --------------------------------------------------------------------------------
+
+
+def seq2seq(
+    attention: str | None, cell: str = "lstm", input_feeding: bool = False, vocabulary: int = 7
+) -> models.Seq2Seq:
+    torch.manual_seed(2)
+    encoder = models.Encoder(5, 4, num_embeddings=9, cell=cell, num_layers=2, bidirectional=True)
+    hidden = 8 if attention == "dot" else 6
+    decoder = models.AttentionDecoder(
+        vocabulary,
+        3,
+        hidden,
+        None if attention is None else encoder.output_size,
+        attention=attention,
+        input_feeding=input_feeding,
+        cell=cell,
+        num_layers=2,
+    )
+    return models.Seq2Seq(encoder, decoder).eval()
+
+
+FORMS = [
+    *((attention, False) for attention in ATTENTIONS),
+    *((attention, True) for attention in ("dot", "general", "concat")),
+]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("attention", "input_feeding"), FORMS)
+def test_teacher_forcing_is_step_by_step(
+    attention: str | None, input_feeding: bool, cell: str
+) -> None:
+    model = seq2seq(attention, cell, input_feeding)
+    source, lengths = torch.randint(9, (3, 5)), torch.tensor([5, 2, 4])
+    target = torch.randint(7, (3, 6))
+    logits, weights = model(source, target, lengths)
+    assert logits.shape == (3, 6, 7)
+    state, memory = model.encode(source, lengths)
+    for t in range(6):
+        expected, state, looked = model.decoder.step(target[:, t], state, memory)
+        torch.testing.assert_close(logits[:, t], expected)
+        if attention is not None:
+            torch.testing.assert_close(weights[:, t], looked)
+            torch.testing.assert_close(weights[:, t].sum(-1), torch.ones(3))
+    for row, length in enumerate(lengths.tolist()):  # padding changes nothing
+        alone, _ = model(source[row : row + 1, :length], target[row : row + 1])
+        torch.testing.assert_close(logits[row : row + 1], alone)
+
+
+@pytest.mark.parametrize(
+    ("attention", "input_feeding", "calls"),
+    [(None, False, 1), ("general", False, 1), ("general", True, 6), ("bahdanau", False, 6)],
+)
+def test_calls_of_the_kernel(
+    attention: str | None, input_feeding: bool, calls: int, monkeypatch
+) -> None:
+    model = seq2seq(attention, input_feeding=input_feeding)
+    state, memory = model.encode(torch.randint(9, (3, 5)))
+    seen = []
+    layer = model.decoder.stack.layers[0]
+    layer.register_forward_hook(lambda *arguments: seen.append(1))
+    model.decoder(torch.randint(7, (3, 6)), state, memory)
+    assert len(seen) == calls
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_scheduled_sampling(attention: str | None) -> None:
+    model = seq2seq(attention)
+    state, memory = model.encode(torch.randint(9, (64, 5)))
+    tokens = torch.randint(7, (64, 4))
+
+    def logits(probability: float, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return model.decoder(
+            tokens, state, memory, sampling_probability=probability, generator=generator
+        )[0]
+
+    forced = logits(0.0)
+    sampled, half = logits(1.0), logits(0.5)
+    torch.testing.assert_close(sampled[:, 0], forced[:, 0])
+    assert sampled.equal(logits(1.0))
+    kept = half[:, 1].isclose(forced[:, 1]).all(-1).float().mean()
+    assert 0.4 < kept < 0.75, "half are kept, and a draw may hit the token itself"
+
+
+def test_gradients_reach_everything() -> None:
+    for attention, input_feeding in FORMS:
+        model = seq2seq(attention, input_feeding=input_feeding)
+        logits, _ = model(
+            torch.randint(9, (3, 5)), torch.randint(7, (3, 6)), torch.tensor([5, 2, 4])
+        )
+        logits.square().sum().backward()
+        missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert not missing, (attention, missing)
+
+
+def test_a_bridge_only_where_sizes_differ() -> None:
+    encoder = models.Encoder(3, 4, cell="gru", num_layers=2)
+    decoder = models.AttentionDecoder(7, 3, 4, attention=None, cell="gru")
+    model = models.Seq2Seq(encoder, decoder)
+    assert model.bridge is None
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(model.encode(x)[0].hidden, encoder(x)[1][-1:])
+    assert seq2seq(None).bridge is not None
+
+
+# ---- losses, initial values, truncated BPTT -----------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_counts_no_padding(smoothing: float) -> None:
+    logits = torch.randn(3, 5, 4, dtype=torch.float64)
+    targets, lengths = torch.randint(4, (3, 5)), torch.tensor([5, 0, 2])
+    logp = logits.log_softmax(-1)
+    expected = sum(
+        -(1 - smoothing) * logp[b, t, targets[b, t]] - smoothing * logp[b, t].mean()
+        for b in range(3)
+        for t in range(int(lengths[b]))
+    )
+    padded = logits.clone()
+    padded[1], padded[2, 2:] = torch.nan, torch.nan
+    targets[2, 3] = -1
+    padded.requires_grad_()
+    total = models.sequence_cross_entropy(
+        padded, targets, lengths, label_smoothing=smoothing, reduction="sum"
+    )
+    torch.testing.assert_close(total, expected)
+    mean = models.sequence_cross_entropy(padded, targets, lengths, label_smoothing=smoothing)
+    torch.testing.assert_close(mean, expected / 7)
+    mean.backward()
+    assert padded.grad.isfinite().all()
+    assert padded.grad[1].eq(0).all()
+    valid = targets.clamp_min(0)
+    torch.testing.assert_close(
+        models.sequence_cross_entropy(logits, valid),
+        F.cross_entropy(logits.flatten(0, 1), valid.flatten()),
+    )
+
+
+def test_initial_values() -> None:
+    rnn = models.identity_recurrent_(fusedrnn.RNN(3, 4, nonlinearity="relu", num_layers=2), 0.5)
+    for name, value in rnn.named_parameters():
+        if "weight_hh" in name:
+            assert value.equal(0.5 * torch.eye(4))
+        elif "bias" in name:
+            assert value.eq(0).all()
+    x, h = torch.zeros(3, 2, 3), torch.rand(2, 2, 4)
+    torch.testing.assert_close(rnn(x, h)[1][0], h[0] / 8)  # half is left of it at each step
+
+    for module in (nn.GRU(3, 4), fusedrnn.LSTMCell(3, 4), fusedrnn.RNN(3, 4, bidirectional=True)):
+        models.orthogonal_recurrent_(nn.Sequential(module), gain=2.0)
+        for name, value in module.named_parameters():
+            if "weight_hh" in name:
+                for block in value.split(4):
+                    torch.testing.assert_close(block @ block.T, 4 * torch.eye(4))
+
+    lstm = models.forget_gate_bias_(fusedrnn.LSTM(3, 4, num_layers=2, bidirectional=True), 1.5)
+    before = dict(fusedrnn.LSTM(3, 4).named_parameters())
+    for name, value in lstm.named_parameters():
+        if "bias" in name:
+            assert value[4:8].eq(1.5 if "bias_ih" in name else 0.0).all()
+            assert value[:4].abs().max() <= before["bias_ih_l0"].abs().max() * 10
+            assert value[8:].any()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_truncated_bptt(cell: str) -> None:
+    torch.manual_seed(0)
+    stack = models.Encoder(3, 4, cell=cell, num_layers=2).stack
+    x = torch.randn(2, 9, 3, requires_grad=True)
+    whole, _ = stack(x)
+    outputs, states = [], []
+    for index, (chunk, output, state) in enumerate(
+        models.truncated_bptt(stack, ((piece, i) for i, piece in enumerate(x.split(3, 1))))
+    ):
+        assert chunk[1] == index
+        x.grad = None
+        output.sum().backward()
+        assert x.grad[:, : 3 * index].eq(0).all(), "no gradient crosses"
+        assert x.grad[:, 3 * index : 3 * index + 3].any()
+        outputs.append(output)
+        states.append(state)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole)
+    assert not any(part.requires_grad for state in states for part in parts(state))
+    endless = models.truncated_bptt(stack, itertools.repeat(x[:, :3]))
+    assert next(endless)[1].equal(next(models.truncated_bptt(stack, [x[:, :3]]))[1])
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+ENCODER = {"input_size": 5, "hidden_size": 4, "num_embeddings": 9}
+DECODER = {"num_embeddings": 7, "embedding_size": 3, "hidden_size": 6, "memory_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"cell": "LSTM"}, "cell: expected one of 'rnn', 'lstm', 'gru'"),
+        ({"hidden_size": 0}, "hidden_size: expected a positive integer, got 0"),
+        ({"dropout": 1.0}, "dropout: expected a probability"),
+        ({"num_embeddings": -1}, "num_embeddings: expected a positive"),
+    ],
+)
+def test_encoder_options(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        models.Encoder(**ENCODER | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"attention": "luong"}, "attention: expected one of None, 'dot'"),
+        ({"attention": None}, "memory_size: expected with attention"),
+        ({"memory_size": None}, "memory_size: expected with attention"),
+        ({"attention": "dot"}, "memory_size: dot needs query_size = 6, got 4"),
+        ({"attention": "bahdanau", "input_feeding": True}, "input_feeding: needs Luong"),
+    ],
+)
+def test_decoder_options(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        models.AttentionDecoder(**DECODER | options)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "error", "match"),
+    [
+        (torch.zeros(0, 4, dtype=torch.int64), None, ValueError, "input: expected at least one"),
+        (torch.zeros(2, 0, dtype=torch.int64), None, ValueError, "input: expected at least one"),
+        (torch.full((2, 4), 9), None, ValueError, r"input: expected indices in 0\.\.8, got 9"),
+        (torch.full((2, 4), -1), None, ValueError, r"input: expected indices in 0\.\.8, got -1"),
+        (torch.zeros(2, 4), None, TypeError, "input: expected int64"),
+        (torch.full((2, 4), 1), torch.tensor([5, 1]), ValueError, r"lengths: .* 0\.\.4, got 5"),
+        (torch.full((2, 4), 1), torch.tensor([1]), ValueError, r"lengths: expected shape \(2,\)"),
+        (torch.full((2, 4), 1), torch.tensor([1.0, 2.0]), TypeError, "lengths: expected dtype"),
+    ],
+)
+def test_encoder_input(tokens: Tensor, lengths: Tensor | None, error: type, match: str) -> None:
+    with pytest.raises(error, match=match):
+        models.Encoder(**ENCODER)(tokens, lengths)
+
+
+def test_other_errors() -> None:
+    encoder = models.Encoder(3, 4)
+    with pytest.raises(ValueError, match=r"input: expected a non-empty \(B, T, 3\)"):
+        encoder(torch.randn(2, 5, 4))
+    with pytest.raises(ValueError, match=r"hx: expected \(1, B, 4\)"):
+        encoder(torch.randn(2, 5, 3), hx=(torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)))
+    gru = models.AttentionDecoder(7, 3, 6, attention=None, cell="gru")
+    with pytest.raises(ValueError, match="decoder: expected cell 'lstm', got 'gru'"):
+        models.Seq2Seq(encoder, gru)
+    deep = models.AttentionDecoder(7, 3, 6, attention=None, num_layers=2)
+    with pytest.raises(ValueError, match="at most the encoder's 1 layers, got 2"):
+        models.Seq2Seq(encoder, deep)
+    wide = models.AttentionDecoder(7, 3, 6, 5)
+    with pytest.raises(ValueError, match="expected memory_size 4, got 5"):
+        models.Seq2Seq(encoder, wide)
+    model = seq2seq("general")
+    with pytest.raises(ValueError, match="target: expected 2 rows like source, got 3"):
+        model(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"tokens: expected indices in 0\.\.6, got 7"):
+        model(torch.zeros(2, 4, dtype=torch.int64), torch.full((2, 4), 7))
+    state, _ = model.encode(torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="memory: expected with attention"):
+        model.decoder(torch.zeros(2, 4, dtype=torch.int64), state)
+    with pytest.raises(ValueError, match="module: expected RNNs alone, got GRU"):
+        models.identity_recurrent_(fusedrnn.GRU(3, 4))
+    with pytest.raises(ValueError, match="module: expected a recurrent module inside Linear"):
+        models.orthogonal_recurrent_(nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="module: expected an LSTM with biases inside LSTM"):
+        models.forget_gate_bias_(fusedrnn.LSTM(3, 4, bias=False))
+    logits, targets = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="valid step to take the mean over"):
+        models.sequence_cross_entropy(logits, targets, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"targets: expected indices in 0\.\.3, got 4"):
+        models.sequence_cross_entropy(logits, targets + 4)
+    with pytest.raises(ValueError, match=r"logits: expected \(B, T, V\)"):
+        models.sequence_cross_entropy(logits[:, :2], targets)
+    with pytest.raises(ValueError, match="reduction: expected one of"):
+        models.sequence_cross_entropy(logits, targets, reduction="none")
