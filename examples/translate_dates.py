@@ -223,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
             **compare_layers(model, held_out, vocabulary, args),
         }
         found[name] = model
+        print(f"{name}: {results[name]['exact']:.2%} of the held-out dates right", flush=True)
     print()
     print(table(results))
     path = args.out / "translate_dates.png"

@@ -91,6 +91,28 @@ def test_wider_beams_find_what_narrow_ones_miss() -> None:
     torch.testing.assert_close(best[2], exact, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("attention", [None, "general", "bahdanau"])
+def test_beams_carry_their_own_state(attention: str | None) -> None:
+    """Scores and attention of every beam are those of its tokens by teacher forcing."""
+    model = sharp(attention, vocabulary=6, factor=1.5)
+    source = torch.randint(9, (5, 6), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        state, memory = model.encode(source)
+        found = models.beam_search(
+            model.decoder, state, memory, start=START, end=END, max_length=5, beam_size=4
+        )
+        assert len({tuple(t) for t in found.tokens.flatten(0, 1).tolist()}) >= 4
+        for row, beam in itertools.product(range(5), range(4)):
+            stop = min(int(found.lengths[row, beam]) + 1, found.tokens.shape[-1])
+            tokens = found.tokens[row, beam, :stop]
+            given = torch.cat([torch.tensor([START]), tokens[:-1]])[None]
+            logits, weights = model(source[row : row + 1], given)
+            score = logits.log_softmax(-1)[0].gather(1, tokens[:, None]).sum()
+            torch.testing.assert_close(found.scores[row, beam], score)
+            if attention is not None:
+                torch.testing.assert_close(found.attention[row, beam, :stop], weights[0])
+
+
 def test_one_beam_is_greedy() -> None:
     model = sharp("general", vocabulary=7)
     state, memory = model.encode(torch.randint(9, (8, 5)))

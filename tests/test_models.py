@@ -189,6 +189,17 @@ def test_calls_of_the_kernel(
     assert len(seen) == calls
 
 
+def test_who_asks() -> None:
+    """Luong's query is the top layer's state after the step, Bahdanau's the one before."""
+    for attention in ("general", "bahdanau"):
+        model = seq2seq(attention)
+        before, memory = model.encode(torch.randint(9, (3, 5)))
+        _, after, weights = model.decoder.step(torch.tensor([1, 2, 3]), before, memory)
+        asker = before if attention == "bahdanau" else after
+        expected = model.decoder.attention(asker.hidden[0][-1][:, None], memory)[1][:, 0]
+        torch.testing.assert_close(weights, expected)
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_scheduled_sampling(attention: str | None) -> None:
     model = seq2seq(attention)
@@ -201,6 +212,17 @@ def test_scheduled_sampling(attention: str | None) -> None:
             tokens, state, memory, sampling_probability=probability, generator=generator
         )[0]
 
+    def drawn_step_by_step() -> torch.Tensor:
+        generator, now, given, found = torch.Generator().manual_seed(0), state, tokens[:, 0], []
+        for t in range(4):
+            step, now, _ = model.decoder.step(given, now, memory)
+            found.append(step)
+            if t < 3:
+                given = torch.multinomial(step.softmax(-1), 1, generator=generator).squeeze(1)
+                torch.rand(given.shape, generator=generator)
+        return torch.stack(found, 1)
+
+    torch.testing.assert_close(logits(1.0), drawn_step_by_step())
     forced = logits(0.0)
     sampled, half = logits(1.0), logits(0.5)
     torch.testing.assert_close(sampled[:, 0], forced[:, 0])
