@@ -40,6 +40,53 @@ def test_translate_dates(tmp_path: Path) -> None:
         assert result["step_torch"] > 0
 
 
+def test_long_memory(tmp_path: Path) -> None:
+    done = run("long_memory.py", tmp_path, "--tiny")
+    assert done.returncode == 0, done.stderr
+    assert "reproduced  the tanh network's gradient vanishes" in done.stdout
+    assert (tmp_path / "long_memory.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "long_memory.json").read_text())
+    assert {name: len(values) for name, values in found["norms"].items()} == dict.fromkeys(
+        ("RNN tanh", "IRNN", "LSTM", "GRU"), 60
+    )
+    for by_length in found["adding"].values():
+        assert list(by_length) == ["6", "10"]
+        for result in by_length.values():
+            assert len(result["curve"]) == 3
+            assert result["error_torch"] == pytest.approx(result["error_fused"], rel=1e-3)
+
+
+def test_what_long_memory_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import long_memory
+
+    x, wanted = long_memory.make_batch(500, 9, torch.Generator().manual_seed(0))
+    assert x[..., 1].sum(1).eq(2).all()
+    assert x[:, :4, 1].sum(1).eq(1).all()
+    torch.testing.assert_close(wanted, (x[..., 0] * x[..., 1]).sum(1))
+    assert x[..., 0].mean().item() == pytest.approx(0.5, abs=0.02)
+    assert long_memory.solved_at([0.2, 0.001, 0.2, 0.001, 0.002], 50) == 150
+    assert long_memory.solved_at([0.2, 0.001, 0.2], 50) is None
+    # By hand: the gradient reaches back through W_hh and the tanh of every step.
+    norms = long_memory.gradient_norms("RNN tanh", 5, 4, batch=1)
+    torch.manual_seed(1)
+    rnn = long_memory.layer("RNN tanh", 2, 4)
+    x = torch.randn(1, 5, 2)
+    states, h = [], torch.zeros(4)
+    for t in range(5):
+        h = torch.tanh(
+            rnn.weight_ih_l0 @ x[0, t] + rnn.bias_ih_l0 + rnn.weight_hh_l0 @ h + rnn.bias_hh_l0
+        )
+        states.append(h)
+    g = torch.nn.functional.normalize(torch.randn(1, 4), dim=1)[0]
+    expected = []
+    for t in reversed(range(5)):
+        g = g * (1 - states[t] ** 2)
+        expected.append((rnn.weight_ih_l0.T @ g).norm().item())
+        g = rnn.weight_hh_l0.T @ g
+    assert norms == pytest.approx([e / expected[0] for e in expected], rel=1e-4)
+
+
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "babel.py").write_text("raise ImportError('gone', name='babel')")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(fusedrnn.__file__).resolve().parents[1]}"}
