@@ -32,6 +32,8 @@ except ImportError as missing:
 from torch_layers import paired_seconds
 
 SOLVED = 0.01  # mean squared error; 0.1667 is reached without looking
+# As Le et al. did, a rate for each: the IRNN explodes where gated cells learn.
+RATES = {"RNN tanh": 1e-3, "IRNN": 3e-4, "LSTM": 2e-3, "GRU": 2e-3}
 COLORS = {"RNN tanh": "#64748b", "IRNN": "#b45309", "LSTM": "#0369a1", "GRU": "#15803d"}
 
 
@@ -100,15 +102,16 @@ def train(name: str, steps: int, args: argparse.Namespace) -> tuple[Adder, list[
     model = Adder(name, args.hidden)
     generator = torch.Generator().manual_seed(args.seed + steps)
     held_out = make_batch(1000, steps, torch.Generator().manual_seed(99))
-    optimizer = torch.optim.Adam(model.parameters(), args.rate)
+    optimizer = torch.optim.Adam(model.parameters(), RATES[name])
     curve = [error(model, held_out)]
     bar = tqdm(range(1, args.steps + 1), desc=f"{name}, T = {steps}", disable=None)
     for step in bar:
         x, wanted = make_batch(args.batch, steps, generator)
         optimizer.zero_grad(set_to_none=True)
         nn.functional.mse_loss(model(x), wanted).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if norm.isfinite():  # an IRNN's may overflow
+            optimizer.step()
         if step % args.every == 0:
             curve.append(error(model, held_out))
             bar.set_postfix(error=f"{curve[-1]:.4f}")
@@ -234,7 +237,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=50, help="steps from error to error")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--rounds", type=int, default=7, help="of the timing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
