@@ -29,7 +29,7 @@ try:
 except ImportError as missing:
     sys.exit(f"this program needs the package {missing.name}: pip install 'fusedrnn[examples]'")
 
-from torch_layers import paired_seconds
+from torch_layers import aligned, step_seconds
 
 SOLVED = 0.01  # mean squared error; 0.1667 is reached without looking
 # As Le et al. did, a rate for each: the IRNN explodes where gated cells learn.
@@ -124,14 +124,11 @@ def compare_layers(model: Adder, steps: int, args: argparse.Namespace) -> dict[s
     plain.rnn = fusedrnn.revert(plain.rnn)
     x, wanted = make_batch(args.batch, steps, torch.Generator().manual_seed(5))
 
-    def step(side: nn.Module):
-        def call() -> None:
-            side.zero_grad(set_to_none=True)
-            nn.functional.mse_loss(side(x), wanted).backward()
-
-        return call
-
-    seconds = paired_seconds({"torch": step(plain), "fused": step(model)}, args.rounds)
+    seconds = step_seconds(
+        {"torch": plain, "fused": model},
+        lambda side: nn.functional.mse_loss(side(x), wanted),
+        args.rounds,
+    )
     held_out = make_batch(1000, steps, torch.Generator().manual_seed(99))
     return {
         "error_fused": error(model, held_out),
@@ -192,11 +189,7 @@ def table(results: dict[str, dict[str, dict]], every: int) -> str:
                     f"{r['step_fused'] * 1e3:.1f} ms",
                 ]
             )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
+    return aligned(rows)
 
 
 def picture(

@@ -56,3 +56,27 @@ def paired_seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[
             call()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def step_seconds(
+    sides: dict[str, nn.Module], loss_of: Callable[[nn.Module], Tensor], rounds: int
+) -> dict[str, float]:
+    """Of each model, the median seconds of a training step without its optimizer."""
+
+    def step(model: nn.Module) -> Callable[[], object]:
+        def call() -> None:
+            model.zero_grad(set_to_none=True)
+            loss_of(model).backward()
+
+        return call
+
+    return paired_seconds({name: step(model) for name, model in sides.items()}, rounds)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A table of texts, each column as wide as its widest."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )

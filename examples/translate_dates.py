@@ -28,7 +28,7 @@ except ImportError as missing:
     sys.exit(f"this program needs the package {missing.name}: pip install 'fusedrnn[examples]'")
 
 from date_text import END, START, TARGET_SIZE, Batch, Example, Vocabulary, iso_of, make_examples
-from torch_layers import on_torch_layers, paired_seconds
+from torch_layers import aligned, on_torch_layers, step_seconds
 
 ATTENTIONS = {"no attention": None, "Luong": "general", "Bahdanau": "bahdanau"}
 LENGTHS = ((0, 10), (11, 15), (16, 25), (26, 99))  # characters of a text
@@ -111,14 +111,9 @@ def compare_layers(
     plain = on_torch_layers(model)
     batch = vocabulary.batch(held_out[: args.batch])
 
-    def step(side: torch.nn.Module):
-        def call() -> None:
-            side.zero_grad(set_to_none=True)
-            loss_of(side, batch).backward()
-
-        return call
-
-    seconds = paired_seconds({"torch": step(plain), "fused": step(model)}, args.rounds)
+    seconds = step_seconds(
+        {"torch": plain, "fused": model}, lambda side: loss_of(side, batch), args.rounds
+    )
     return {
         "exact_torch": share(exact_matches(plain, held_out, vocabulary)),
         "step_torch": seconds["torch"],
@@ -174,11 +169,7 @@ def table(results: dict[str, dict]) -> str:
                 f"{r['step_fused'] * 1e3:.1f} ms",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
+    return aligned(rows)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

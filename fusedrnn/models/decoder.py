@@ -19,6 +19,11 @@ class DecoderState:
     hidden: State  # (L, B, H), for LSTM two of them
     feed: Tensor | None  # (B, H): the attentional vector, with input feeding
 
+    @property
+    def h(self) -> Tensor:
+        """(L, B, H): hidden, without an LSTM's cell state."""
+        return self.hidden[0] if isinstance(self.hidden, tuple) else self.hidden
+
     def select(self, rows: Tensor) -> DecoderState:
         """The rows (N,) of the batch, in that order: for beams."""
         if isinstance(self.hidden, tuple):
@@ -91,11 +96,10 @@ class AttentionDecoder(nn.Module):
 
     def initial_state(self, hidden: State) -> DecoderState:
         """Of hidden (L, B, H), for LSTM two of them: what the first step starts from."""
-        first = hidden[0] if isinstance(hidden, tuple) else hidden
-        feed = None
-        if self.input_feeding:
-            feed = first.new_zeros(first.shape[1], self.hidden_size)
-        return DecoderState(hidden, feed)
+        state = DecoderState(hidden, None)
+        if not self.input_feeding:
+            return state
+        return DecoderState(hidden, state.h.new_zeros(state.h.shape[1], self.hidden_size))
 
     def step(
         self, tokens: Tensor, state: DecoderState, memory: Memory | None = None
@@ -164,8 +168,7 @@ class AttentionDecoder(nn.Module):
         input depends on the step before."""
         context = weights = None
         if self.asks_before:
-            top = state.hidden[0] if isinstance(state.hidden, tuple) else state.hidden
-            context, weights = self.attention(top[-1][:, None], memory)
+            context, weights = self.attention(state.h[-1][:, None], memory)
             x = torch.cat([x, context], -1)
         elif state.feed is not None:
             x = torch.cat([x, state.feed[:, None]], -1)

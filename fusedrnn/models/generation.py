@@ -111,16 +111,6 @@ def _check(decoder: AttentionDecoder, start: int, end: int, max_length: int) -> 
             )
 
 
-def _rows(state: DecoderState) -> int:
-    hidden = state.hidden[0] if isinstance(state.hidden, tuple) else state.hidden
-    return hidden.shape[1]
-
-
-def _device(state: DecoderState) -> torch.device:
-    hidden = state.hidden[0] if isinstance(state.hidden, tuple) else state.hidden
-    return hidden.device
-
-
 @torch.no_grad()
 def _one_by_one(
     decoder: AttentionDecoder,
@@ -132,7 +122,7 @@ def _one_by_one(
     choose: Callable[[Tensor], Tensor],
 ) -> Generated:
     _check(decoder, start, end, max_length)
-    rows, device = _rows(state), _device(state)
+    rows, device = state.h.shape[1], state.h.device
     given = torch.full((rows,), start, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     scores = torch.zeros(rows, device=device)
@@ -188,7 +178,7 @@ def beam_search(
         raise ValueError(
             f"beam_size: expected at most the vocabulary's {vocabulary}, got {beam_size}"
         )
-    rows, device = _rows(state), _device(state)
+    rows, device = state.h.shape[1], state.h.device
     state = state.select(torch.arange(rows, device=device).repeat_interleave(beam_size))
     memory = None if memory is None else memory.repeat(beam_size)
     first_beam = torch.arange(rows, device=device)[:, None] * beam_size
