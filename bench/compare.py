@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from . import machine, peers, report
+from .alone import alone
 from .modes import MODES, Mode
 from .shapes import CELLS, QUICK_SHAPES, Shape
 from .timing import Call, paired, ratio
@@ -103,6 +104,15 @@ def measure(
     return result
 
 
+def job(
+    cell: str, mode: str, shape: Shape, peers: list[str], threads: int, rounds: int, bound: float
+) -> report.Result:
+    """One row, in a process that has measured nothing yet."""
+    torch.set_num_threads(threads)
+    also = (peers, threads) if MODES[mode].with_peers else ()
+    return measure(cell, mode, shape, MODES[mode].calls(cell, shape, *also), rounds, bound)
+
+
 def shapes_of(mode: Mode, args: argparse.Namespace) -> list[Shape]:
     """Those asked for, or the mode's own; a quick look takes those it shares with QUICK_SHAPES, or
     its first two."""
@@ -127,7 +137,6 @@ def progress(done: int, total: int, started: float, result: report.Result) -> No
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)  # fails now, not after the measurement
-    torch.set_num_threads(args.threads)
     header = machine.describe(args.threads, args.peers)
     jobs = [
         (m, c, s)
@@ -140,9 +149,10 @@ def main(argv: list[str] | None = None) -> int:
     load = machine.OtherLoad()
     started = time.monotonic()
     for mode, cell, shape in jobs:
-        also = (args.peers, args.threads) if MODES[mode].with_peers else ()
-        calls = MODES[mode].calls(cell, shape, *also)
-        results.append(measure(cell, mode, shape, calls, args.rounds, args.seconds))
+        how = (args.peers, args.threads, args.rounds, args.seconds)
+        result, seconds = alone(job, cell, mode, shape, *how)
+        load.own(seconds)
+        results.append(result)
         progress(len(results), len(jobs), started, results[-1])
     header["other load"] = f"{load.share():.0%} of the machine's time went to other processes"
     if load.share() > BUSY:

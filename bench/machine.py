@@ -46,10 +46,15 @@ def commit() -> str | None:
 
 
 class OtherLoad:
-    """How much of the machine other processes took since this object was made."""
+    """How much of the machine processes other than ours took since this object was made."""
 
     def __init__(self) -> None:
         self.start = self.now()
+        self.elsewhere = 0.0
+
+    def own(self, seconds: float) -> None:
+        """Counts the processor's seconds of another process as ours."""
+        self.elsewhere += seconds
 
     @staticmethod
     def now() -> tuple[float, float, float]:
@@ -62,9 +67,9 @@ class OtherLoad:
         return sum(values), sum(values) - idle, own.user + own.system
 
     def share(self) -> float:
-        """0 where this process had the machine for itself, 1 where others had all of it."""
+        """0 where we had the machine for ourselves, 1 where others had all of it."""
         total, busy, own = (b - a for a, b in zip(self.start, self.now(), strict=True))
-        return max(0.0, (busy - own) / total) if total else 0.0
+        return max(0.0, (busy - own - self.elsewhere) / total) if total else 0.0
 
 
 def describe(threads: int, peers: list[str]) -> dict[str, str]:

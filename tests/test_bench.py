@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import cases, compare, floors, machine, modes, peers, report, timing
+from bench import alone, cases, compare, floors, machine, modes, peers, report, timing
 from bench.shapes import CELLS, SHAPES, Shape
 
 SMALL = Shape(3, 7, 5, 4)
@@ -218,7 +219,6 @@ def test_summary_has_a_line_for_each_goal() -> None:
 
 
 def test_the_program(tmp_path: Path, capsys) -> None:
-    threads = torch.get_num_threads()
     options = [
         "--mode",
         "forward",
@@ -232,10 +232,7 @@ def test_the_program(tmp_path: Path, capsys) -> None:
         "--threads",
         "1",
     ]
-    try:
-        assert compare.main([*options, "--out", str(tmp_path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert compare.main([*options, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     saved = json.loads((tmp_path / "compare.json").read_text())
     assert len(saved["results"]) == len(CELLS) * 2
@@ -261,7 +258,32 @@ def test_other_load_is_measured() -> None:
     before = load.start
     # the same half second, but as if none of its work had been ours
     load.start = (before[0], before[1], load.now()[2])
-    assert load.share() > mine
+    theirs = load.share()
+    assert theirs > mine
+    load.own(0.25)  # a process of ours did half of it
+    assert load.share() < theirs
+
+
+def where_and_how(seconds: float) -> tuple[int, int]:
+    deadline = time.process_time() + seconds
+    while time.process_time() < deadline:
+        pass
+    return os.getpid(), len(os.listdir("/proc/self/task"))
+
+
+def fail() -> None:
+    raise peers.WrongResult("gates swapped")
+
+
+def test_each_measurement_has_a_process_of_its_own() -> None:
+    torch.randn(300, 300).mm(torch.randn(300, 300))  # this process has threads
+    (first, threads), seconds = alone.alone(where_and_how, 0.2)
+    (second, _), _ = alone.alone(where_and_how, 0.0)
+    assert len({first, second, os.getpid()}) == 3
+    assert threads == 1, "nothing ran before"
+    assert 0.2 <= seconds < 2.0
+    with pytest.raises(peers.WrongResult, match="gates swapped"):
+        alone.alone(fail)
 
 
 def test_bad_options(capsys) -> None:
