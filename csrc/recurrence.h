@@ -74,6 +74,10 @@ struct Sizes {
   int64_t output_padded() const { return padded(output); }
 };
 
+// In a call without packed weights, rows may be laid across the vectors (cpu/across_inl.h): surely
+// not fewer than the first, and not more than the second at a time.
+inline constexpr int64_t kLeastAcross = 8, kMostAcross = 256;
+
 // The word that products read where values are kept as E.
 template <class E>
 struct WordOf {
@@ -159,6 +163,8 @@ struct ForwardArgs {
   const S* zeros;  // (max(4 Hp, Pp))
   W* words;        // scratch: per thread, rows of x or of a state in words; unused where W is S
   int64_t words_stride;
+  W* across;  // scratch: per thread, up to kMostAcross rows of x or of a state; or null
+  int64_t across_stride;
   S* factors;  // scratch: per thread, the factors of those rows
   int64_t factors_stride;
   ForwardDirection<S, W> direction[2];

@@ -31,7 +31,7 @@ def draw(name: str, seed: int) -> dict[str, Any]:
         "bias": r.random() < 0.8,
         "nonlinearity": r.choice(["tanh", "relu"]) if name == "RNNCell" else None,
         "dtype": r.choice(DTYPES),
-        "batch": r.choice([None, None, 0, 1, 2, 3, 7, 17]),
+        "batch": r.choice([None, None, 0, 1, 2, 3, 7, 17, 40, 300]),
         "hx": r.random() < 0.7,
         "input_grad": r.random() < 0.7,
         "hx_grad": r.random() < 0.7,

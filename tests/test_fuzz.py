@@ -62,7 +62,7 @@ def draw(mode: str, seed: int) -> Case:
     hidden_size = r.choice(HIDDEN)
     form = r.choice(["dense"] * 4 + ["unbatched", "packed", "packed unsorted"])
     dtype = r.choice(DTYPES)
-    batch = 1 if form == "unbatched" else r.choice([1, 1, 2, 3, 4, 5, 6, 7, 9, 13, 17])
+    batch = 1 if form == "unbatched" else r.choice([1, 1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 35])
     steps = r.choice([1, 1, 2, 3, 4, 5, 7, 9, 12, 23])
     if form == "dense" and r.random() < 0.05:
         batch = 0

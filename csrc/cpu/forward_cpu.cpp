@@ -91,6 +91,11 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     scratch.want(&args.factors, threads * args.factors_stride);
     scratch.want(&args.words, threads * args.words_stride);
   }
+  if (!worth_packing(work) && most_rows >= kLeastAcross) {
+    args.across_stride = whole_panels(std::min(most_rows, kMostAcross)) *
+                         words_of<E>(std::max({sizes.input, sizes.hidden, sizes.output}));
+    scratch.want(&args.across, most_threads(work, schedule, bounds) * args.across_stride);
+  }
   scratch.allocate();
   std::fill(zeros, zeros + zero_count, S(0));
   args.zeros = zeros;

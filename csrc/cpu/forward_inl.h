@@ -1,8 +1,8 @@
 // One chunk of a layer, forward: the projection of the inputs, then the time loop.
 #pragma once
 
+#include "cpu/across_inl.h"
 #include "cpu/cell_forward_inl.h"
-#include "cpu/pack_inl.h"
 #include "cpu/walk.h"
 
 FUSEDRNN_ISA_BEGIN
@@ -21,6 +21,7 @@ class ForwardChunk {
         save_(args.save),
         zeros_(args.zeros),
         words_(args.words + slot.thread * args.words_stride),
+        across_(args.across == nullptr ? nullptr : args.across + slot.thread * args.across_stride),
         factors_(args.factors + slot.thread * args.factors_stride),
         hidden_(sizes_.hidden_padded()),
         output_(sizes_.output_padded()),
@@ -164,7 +165,8 @@ class ForwardChunk {
     };
     if constexpr (!std::is_same_v<F, Int8>) {  // 8-bit weights are frozen ones, and packed
       if (packed == nullptr) {
-        return product_by_unit<Gates, F>(rows, panels, left, weights, units, words, values);
+        return product_unpacked<Gates, F>(rows, panels, left, weights, units, words, across_,
+                                          values);
       }
     }
     product<F, vectors>(rows, panels, left, 1, packed, words * vectors * kLanes<S>, words, values,
@@ -361,6 +363,7 @@ class ForwardChunk {
   const bool save_;
   const S* const zeros_;
   Word* const words_;
+  Word* const across_;
   S* const factors_;
   const int64_t hidden_, output_;  // padded
   const int64_t panels_, output_panels_;

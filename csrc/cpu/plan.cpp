@@ -29,12 +29,18 @@ constexpr int64_t kRowsThatHideWeights = 16;
 // three rows or more at a time, and long ones, those are nearly as fast as with packed weights.
 constexpr int64_t kWorthPacking = 12, kWorthPackingLongRows = 128;
 constexpr int64_t kLongRows = 128;
+// A single step of many rows packs those instead (across_inl.h); only for more than so many the
+// weights come cheaper.
+constexpr int64_t kWorthPackingOneStep = 512;
 // Up to so many rows of a single step, backward reads the weights as they lie.
 constexpr int64_t kFewRows = 16;
+
+bool is_one_step(const Workload& work) { return work.pairs <= work.batch; }
 
 }  // namespace
 
 bool worth_packing(const Workload& work) {
+  if (is_one_step(work)) return work.pairs >= kWorthPackingOneStep;
   const bool long_rows = std::min(work.sizes.input, work.sizes.output) >= kLongRows;
   return work.pairs >= (work.batch >= 3 && long_rows ? kWorthPackingLongRows : kWorthPacking);
 }
@@ -65,11 +71,14 @@ Plan plan_team(const Workload& work, int threads) {
     const bool in_cache = bytes / parts <= private_cache() * 3 / 4;
     return rows < kRowsPerGroup || (!in_cache && rows < kRowsThatHideWeights);
   };
-  while (parts < each && too_few()) {
+  // One step waits for nobody: as it lies, each weight is best read by one thread alone.
+  const bool reads_once = is_one_step(work) && !worth_packing(work);
+  while (parts < each && (reads_once || too_few())) {
     ++parts;
     while (each % parts != 0) ++parts;
   }
-  const int64_t panels = padded(s.hidden) / kUnitAlignment;
+  const int blocks = gate_blocks(work.cell) == 1 ? 2 : 1;  // of units to a panel
+  const int64_t panels = (padded(s.hidden) / kUnitAlignment + blocks - 1) / blocks;
   if (parts > 1 && recurrent * work.batch / parts < kWorthABarrier) parts = 1;
   plan.parts = static_cast<int>(std::min<int64_t>(parts, panels));
   plan.groups =

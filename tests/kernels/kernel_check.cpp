@@ -211,7 +211,13 @@ void check(const Case& c, const KernelTable<double>& table) {
   f.weights = weights;
   f.packed = {packed_input.data(), packed_recurrent.data(), packed_projection.data(), bias.data(),
               bias_hn.data()};
-  if (pairs < 12) f.packed.input = f.packed.recurrent = f.packed.projection = nullptr;
+  Values across;
+  if (pairs < 12 || steps == 1) {
+    f.packed.input = f.packed.recurrent = f.packed.projection = nullptr;
+    forward.across_stride = whole(pairs) * std::max({c.input, H, P});
+    across.resize(c.plan.threads() * forward.across_stride);
+    forward.across = across.data();
+  }
   f.x = p.x.data();
   f.y = y.data();
   f.y_stride = P;
@@ -331,8 +337,11 @@ int main(int argc, char** argv) {
   if (argc > 1) set_isa(argv[1]);
   int cases = 0;
   for (Cell cell : {Cell::kLstm, Cell::kGru, Cell::kRnnTanh, Cell::kRnnRelu}) {
-    for (const std::vector<int64_t>& lengths :
-         {std::vector<int64_t>{1}, {5}, {4, 4, 4, 4, 4, 4, 4}, {6, 5, 5, 2, 1, 0}}) {
+    for (const std::vector<int64_t>& lengths : {std::vector<int64_t>{1},
+                                                std::vector<int64_t>(37, 1),
+                                                {5},
+                                                {4, 4, 4, 4, 4, 4, 4},
+                                                {6, 5, 5, 2, 1, 0}}) {
       for (auto [input, hidden] : {std::pair<int64_t, int64_t>{3, 5}, {17, 16}, {2, 35}}) {
         for (bool reverse : {false, true}) {
           for (bool reset : {false, true}) {

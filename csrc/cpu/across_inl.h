@@ -1,0 +1,114 @@
+// Products with weights as they lie, for calls too short to pack them. Of many rows: the call's
+// rows lie across the vectors and the weights' rows take the place of a tile's rows, so that the
+// few are packed, not the many.
+#pragma once
+
+#include "cpu/pack_inl.h"
+
+FUSEDRNN_ISA_BEGIN
+
+// Vectors of rows in a panel.
+inline constexpr int kAcrossVectors = 2;
+
+// Rows of k words to panels [k][vectors][lanes], the lanes being rows; row_at(row) points to one.
+// The last panel is filled up with the last row.
+template <class Word, class RowAt>
+void pack_across(Word* packed, Range rows, int64_t k, RowAt row_at) {
+  constexpr int lanes = kLanes<Word>, width = kAcrossVectors * lanes;
+  for (int64_t row = rows.begin; row < rows.end; row += width, packed += width * k) {
+    for (int v = 0; v < kAcrossVectors; ++v) {
+      const Word* from[lanes];
+      for (int r = 0; r < lanes; ++r) from[r] = row_at(std::min(row + v * lanes + r, rows.end - 1));
+      for (int64_t i = 0; i < k; i += lanes) {
+        Vec<Word> block[lanes];
+        for (int r = 0; r < lanes; ++r) block[r] = load(from[r] + i, k - i);
+        transpose<Word>(block);
+        for (int64_t r = 0; r < lanes && i + r < k; ++r) {
+          store(packed + (i + r) * width + v * lanes, block[r]);
+        }
+      }
+    }
+  }
+}
+
+// to (vectors, rows, lanes of units) = the products of one panel of rows with up to `lanes` rows of
+// weights, of which `valid` exist (the others give 0). A function, not inlined: it serves all
+// cells.
+template <class F>
+__attribute__((noinline)) void across_panel(typename F::Sum* to, const typename F::Word* packed,
+                                            const typename F::Word* weights, int64_t k,
+                                            int64_t valid) {
+  using Sum = typename F::Sum;
+  constexpr int lanes = kLanes<Sum>;
+  constexpr int tall = std::min(8, FUSEDRNN_ACCUMULATORS / kAcrossVectors);
+  constexpr int most = std::min(F::kMostRows < 6 ? F::kMostRows : tall, lanes);
+  Vec<Sum> sums[kAcrossVectors][lanes] = {};
+  product<F, kAcrossVectors, most>(
+      Range{0, valid}, Range{0, 1}, [&](int64_t unit) { return weights + unit * k; }, 1, packed, 0,
+      k,
+      [&]<int R, int NV>(const Tile<Sum, R, NV>& tile, int64_t unit, int64_t)
+          __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+              for (int v = 0; v < kAcrossVectors; ++v) sums[v][unit + r] = tile.sum[r][v];
+            }
+          });
+  for (int v = 0; v < kAcrossVectors; ++v) {
+    transpose<Sum>(sums[v]);
+    for (int r = 0; r < lanes; ++r) store(to + (v * lanes + r) * lanes, sums[v][r]);
+  }
+}
+
+// As product_by_unit, from rows that pack_across has packed.
+template <int Gates, class F, class Epilogue>
+FUSEDRNN_HD void product_across(Range rows, Range panels, const typename F::Word* packed,
+                                const typename F::Word* weights, int64_t units, int64_t k,
+                                Epilogue epilogue) {
+  using P = UnitPanel<Gates>;
+  using Sum = typename F::Sum;
+  constexpr int lanes = kLanes<Sum>, width = kAcrossVectors * lanes;
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    for (int64_t row = rows.begin; row < rows.end; row += width) {
+      alignas(64) Sum totals[P::vectors][width * lanes];
+      for (int v = 0; v < P::vectors; ++v) {
+        const int64_t unit = (panel * P::blocks + v / Gates) * lanes;
+        const int64_t valid = std::clamp<int64_t>(units - unit, 0, lanes);
+        const auto* w = weights + ((v % Gates) * units + std::min(unit, units)) * k;
+        across_panel<F>(totals[v], packed + (row - rows.begin) * k, w, k, valid);
+      }
+      for (int64_t r = 0; r < width && row + r < rows.end; ++r) {
+        Tile<Sum, 1, P::vectors> tile;
+        for (int v = 0; v < P::vectors; ++v) tile.sum[0][v] = load(totals[v] + r * lanes);
+        epilogue(tile, row + r, panel);
+      }
+    }
+  }
+}
+
+// How many of `rows` are taken so: whole panels, and the rest where it nearly fills one. The others
+// are quicker one by one (pack_inl.h).
+template <class Word>
+constexpr int64_t rows_across(int64_t rows) {
+  constexpr int64_t width = kAcrossVectors * kLanes<Word>;
+  const int64_t rest = rows % width;
+  return rest * 8 > width * 5 ? rows : rows - rest;
+}
+
+// Products by panels of units from weights as they lie. `scratch` holds kMostAcross rows, filled up
+// to whole panels, or is null: then all rows are taken one by one.
+template <int Gates, class F, class RowAt, class Epilogue>
+FUSEDRNN_HD void product_unpacked(Range rows, Range panels, RowAt row_at,
+                                  const typename F::Word* weights, int64_t units, int64_t k,
+                                  typename F::Word* scratch, Epilogue epilogue) {
+  const int64_t end =
+      rows.begin + (scratch == nullptr ? 0 : rows_across<typename F::Word>(rows.size()));
+  for (int64_t first = rows.begin; first < end; first += kMostAcross) {
+    const Range some = {first, std::min(first + kMostAcross, end)};
+    pack_across(scratch, some, k, row_at);
+    product_across<Gates, F>(some, panels, scratch, weights, units, k, epilogue);
+  }
+  product_by_unit<Gates, F>(Range{end, rows.end}, panels, row_at, weights, units, k, epilogue);
+}
+
+FUSEDRNN_ISA_END
