@@ -14,22 +14,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import fusedrnn
+import program
 from fusedrnn import models
-
-try:
-    from tqdm import tqdm
-except ImportError as missing:
-    sys.exit(f"this program needs the package {missing.name}: pip install 'fusedrnn[examples]'")
-
-from torch_layers import aligned, step_seconds
+from torch_layers import step_seconds
 
 SOLVED = 0.01  # mean squared error; 0.1667 is reached without looking
 # As Le et al. did, a rate for each: the IRNN explodes where gated cells learn.
@@ -185,21 +178,15 @@ def table(results: dict[str, dict[str, dict]], every: int) -> str:
                     "-" if at is None else str(at),
                     f"{r['error_fused']:.4f}",
                     f"{r['error_torch']:.4f}",
-                    f"{r['step_torch'] * 1e3:.1f} ms",
-                    f"{r['step_fused'] * 1e3:.1f} ms",
+                    program.milliseconds(r["step_torch"]),
+                    program.milliseconds(r["step_fused"]),
                 ]
             )
-    return aligned(rows)
+    return program.aligned(rows)
 
 
-def picture(
-    norms: dict[str, list[float]], curves: dict[str, dict[str, list[float]]], every: int, path: Path
-) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def picture(norms: dict[str, list[float]], curves: dict[str, dict[str, list[float]]], every: int):
+    plt = program.pyplot()
     lengths = list(curves["LSTM"])
     figure, axes = plt.subplots(1, 1 + len(lengths), figsize=(17, 4.2), layout="constrained")
     for name, values in norms.items():
@@ -218,23 +205,17 @@ def picture(
         axis.set_ylim(1e-4, 1)
         axis.set_xlabel("training steps")
         axis.set_title(f"adding, T = {steps}: mean squared error")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = program.options(__doc__, rounds=7)
     parser.add_argument("--lengths", type=int, nargs="+", default=[100, 200, 400])
     parser.add_argument("--lags", type=int, default=400)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=50, help="steps from error to error")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7, help="of the timing")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="a few seconds, to see it run")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args(argv)
     if args.tiny:
         args.lengths, args.lags, args.steps, args.every = [6, 10], 60, 20, 10
@@ -244,8 +225,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
+    program.start(args)
     norms = {name: gradient_norms(name, args.lags, args.hidden) for name in COLORS}
     print("gradient norm by lag, over that of lag 0:")
     shown = [lag for lag in (1, 10, 50, 100, 200, 400) if lag < args.lags] + [args.lags - 1]
@@ -264,10 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     print(table(results, args.every))
     print()
     print("\n".join(verdicts(norms, curves)))
-    path = args.out / "long_memory.png"
-    picture(norms, curves, args.every, path)
-    (args.out / "long_memory.json").write_text(json.dumps({"norms": norms, "adding": results}))
-    print(f"\ndrawn in {path}")
+    everything = {"norms": norms, "adding": results}
+    program.save("long_memory", args, picture(norms, curves, args.every), everything)
 
 
 if __name__ == "__main__":

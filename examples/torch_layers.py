@@ -71,12 +71,3 @@ def step_seconds(
         return call
 
     return paired_seconds({name: step(model) for name, model in sides.items()}, rounds)
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """A table of texts, each column as wide as its widest."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )

@@ -11,24 +11,21 @@ decoder looks.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import program
 from fusedrnn import models
 
 try:
     import babel  # noqa: F401
-    from tqdm import tqdm
-except ImportError as missing:
-    sys.exit(f"this program needs the package {missing.name}: pip install 'fusedrnn[examples]'")
+except ImportError as error:
+    program.missing(error)
 
 from date_text import END, START, TARGET_SIZE, Batch, Example, Vocabulary, iso_of, make_examples
-from torch_layers import aligned, on_torch_layers, step_seconds
+from torch_layers import on_torch_layers, step_seconds
 
 ATTENTIONS = {"no attention": None, "Luong": "general", "Bahdanau": "bahdanau"}
 LENGTHS = ((0, 10), (11, 15), (16, 25), (26, 99))  # characters of a text
@@ -60,21 +57,11 @@ def train(
     name: str, model: models.Seq2Seq, examples: list[Example], vocabulary: Vocabulary, args
 ) -> list[float]:
     draw = random.Random(args.seed)
-    optimizer = torch.optim.Adam(model.parameters(), args.rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.rate, args.steps)
-    losses = []
-    bar = tqdm(range(args.steps), desc=name, disable=None)
-    for _ in bar:
-        batch = vocabulary.batch(draw.sample(examples, args.batch))
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.4f}")
-    return losses
+
+    def batch_loss() -> Tensor:
+        return loss_of(model, vocabulary.batch(draw.sample(examples, args.batch)))
+
+    return program.fit(name, model, batch_loss, args.steps, args.rate)
 
 
 @torch.no_grad()
@@ -121,15 +108,9 @@ def compare_layers(
     }
 
 
-def picture(
-    found: dict[str, models.Seq2Seq], examples: list[Example], vocabulary: Vocabulary, path: Path
-) -> None:
+def picture(found: dict[str, models.Seq2Seq], examples: list[Example], vocabulary: Vocabulary):
     """Where the two attentions look, for one date in each of three places."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = program.pyplot()
     # CJK characters are no part of matplotlib's own fonts.
     shown = [
         max(texts, key=lambda e: len(e.text))
@@ -149,9 +130,8 @@ def picture(
             axis.set_xticks(range(len(labels)), labels, fontsize=8)
             axis.set_yticks(range(len(text) + 1), [*text, "end"], fontsize=8)
             axis.set_title(f"{name}: {example.text!r} -> {text}", fontsize=9)
-            axis.tick_params(axis="x", rotation=90 if len(labels) > 30 else 0)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            axis.tick_params(axis="x", rotation=90)
+    return figure
 
 
 def table(results: dict[str, dict]) -> str:
@@ -165,25 +145,20 @@ def table(results: dict[str, dict]) -> str:
                 f"{r['exact']:.2%}",
                 *(f"{v:.2%}" for v in r["by_length"]),
                 f"{r['exact_torch']:.2%}",
-                f"{r['step_torch'] * 1e3:.1f} ms",
-                f"{r['step_fused'] * 1e3:.1f} ms",
+                program.milliseconds(r["step_torch"]),
+                program.milliseconds(r["step_fused"]),
             ]
         )
-    return aligned(rows)
+    return program.aligned(rows)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = program.options(__doc__, rounds=15)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--examples", type=int, default=60_000)
     parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument("--rounds", type=int, default=15, help="of the timing")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="a few seconds, to see it run")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args(argv)
     if args.tiny:
         args.steps, args.batch, args.hidden, args.examples, args.rounds = 12, 32, 16, 400, 2
@@ -192,8 +167,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
+    program.start(args)
     examples, held_out = make_examples(args.examples, args.seed)
     held_out = held_out[:4096]
     vocabulary = Vocabulary(examples + held_out)
@@ -217,10 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: {results[name]['exact']:.2%} of the held-out dates right", flush=True)
     print()
     print(table(results))
-    path = args.out / "translate_dates.png"
-    picture(found, held_out, vocabulary, path)
-    (args.out / "translate_dates.json").write_text(json.dumps(results))
-    print(f"\nattention drawn in {path}")
+    program.save("translate_dates", args, picture(found, held_out, vocabulary), results)
 
 
 if __name__ == "__main__":

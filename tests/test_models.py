@@ -74,6 +74,20 @@ def test_encoder_takes_features_states_and_resets() -> None:
     torch.testing.assert_close(encoder(x, reset=reset)[0][:, 2:], encoder(x[:, 2:])[0])
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_summary_is_what_each_direction_saw_last(cell: str, bidirectional: bool) -> None:
+    encoder = models.Encoder(3, 4, cell=cell, num_layers=2, bidirectional=bidirectional)
+    x, lengths = torch.randn(3, 6, 3), torch.tensor([4, 6, 1])
+    states, final = encoder(x, lengths)
+    summary = encoder.summary(final)
+    assert summary.shape == (3, encoder.output_size)
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(summary[row, :4], states[row, length - 1, :4])
+        if bidirectional:
+            torch.testing.assert_close(summary[row, 4:], states[row, 0, 4:])
+
+
 # ---- attention ----------------------------------------------------------------------------------
 
 

@@ -52,6 +52,13 @@ class Encoder(nn.Module):
         """Features of each state: hidden_size times the directions."""
         return self.stack.output_size
 
+    def summary(self, final: State) -> Tensor:
+        """Of a final state as :meth:`forward` returns it, what the last layer knows of the whole
+        sequence: its h, both directions side by side, (B, D*H). What a classifier reads."""
+        h = final[0] if isinstance(final, tuple) else final
+        last = h[-self.stack.directions :]
+        return last.transpose(0, 1).reshape(last.shape[1], -1)
+
     def forward(
         self,
         input: Tensor,
