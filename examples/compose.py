@@ -14,6 +14,7 @@ import argparse
 import random
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import program
@@ -58,11 +59,12 @@ class Composer(nn.Module):
         self.places = nn.Embedding(STEPS_PER_QUARTER, embedding)
         size = (len(VOICES) + 1) * embedding
         self.encoder = models.Encoder(size, hidden, cell=cell, num_layers=2, dropout=0.2)
+        if cell == "lstm":
+            models.forget_gate_bias_(self.encoder)
         self.heads = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(hidden + above * embedding, hidden // 2),
                 nn.Tanh(),
-                nn.Dropout(0.2),
                 nn.Linear(hidden // 2, TOKENS),
             )
             for above in range(len(VOICES))
@@ -78,25 +80,21 @@ class Composer(nn.Module):
         return self.encoder(torch.cat([*parts, place], -1), lengths, state)
 
     def logits(self, states: Tensor, voice: int, above: list[Tensor]) -> Tensor:
-        """Of the next token of `voice`, from the states and the next tokens of the voices above."""
+        """(., tokens) of the next token of `voice`, from the states (., H) and the next tokens (.)
+        of the voices above."""
         parts = [self.embeddings[v](tokens) for v, tokens in enumerate(above)]
         return self.heads[voice](torch.cat([states, *parts], -1))
 
     def forward(self, batch: Batch) -> Tensor:
         """Negative log-likelihood of each voice, (4,), in nats, summed over the valid steps."""
         states, _ = self.read(batch.given, batch.lengths)
-        wanted = batch.wanted.unbind(-1)
-        return torch.stack(
-            [
-                models.sequence_cross_entropy(
-                    self.logits(states, v, list(wanted[:v])),
-                    wanted[v],
-                    batch.lengths,
-                    reduction="sum",
-                )
-                for v in range(len(VOICES))
-            ]
-        )
+        valid = torch.arange(states.shape[1]) < batch.lengths[:, None]
+        states, wanted = states[valid], batch.wanted[valid].unbind(-1)
+        nats = [
+            F.cross_entropy(self.logits(states, v, list(wanted[:v])), wanted[v], reduction="sum")
+            for v in range(len(VOICES))
+        ]
+        return torch.stack(nats)
 
     @torch.no_grad()
     def compose(
@@ -230,9 +228,9 @@ def picture(results: dict[str, dict], music: Tensor, composer: str):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = program.options(__doc__, rounds=7)
     parser.add_argument("--chorales", type=int, default=400, help="at most so many")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--every", type=int, default=50, help="steps from score to score")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--temperature", type=float, default=0.8, help="of the composition")
