@@ -229,6 +229,23 @@ def save(header: dict[str, str], results: list[Result], out: Path, stem: str) ->
     return paths
 
 
+def updated(
+    header: dict[str, str],
+    results: list[Result],
+    older_header: dict[str, str],
+    older: list[Result],
+) -> tuple[dict[str, str], list[Result]]:
+    """The results, and those older ones that they do not repeat, which the header names."""
+    key = {(r.cell, r.mode, r.shape) for r in results}
+    kept = [r for r in older if (r.cell, r.mode, r.shape) not in key]
+    if not kept:
+        return header, results
+    modes = ", ".join(dict.fromkeys(r.mode for r in kept))
+    earlier = f"{older_header.get('commit', 'unknown')}, {older_header['date']}: {modes}"
+    before = older_header.get("earlier rows")
+    return header | {"earlier rows": f"{earlier}{f'; {before}' if before else ''}"}, results + kept
+
+
 def load(path: Path) -> tuple[dict[str, str], list[Result]]:
     """What save() wrote to STEM.json."""
     found = json.loads(path.read_text())

@@ -3,8 +3,9 @@
 Sunspots (statsmodels, 1700-2008, yearly): many-to-one. A GRU reads 44 years and gives the next; for
 more years its forecasts are read in turn. CO2 over Mauna Loa (statsmodels, 1958-2001, weekly):
 many-to-many. A GRU reads two years of weeks, a second one starts from its state and writes the 52
-weeks to come. Both meet an autoregression whose order is chosen by BIC, and a seasonal-naive
-forecast: what was one cycle ago; for CO2 also with the last year's rise added.
+weeks to come. Both meet an autoregression whose order is chosen by BIC (of CO2: of its differences
+to a year ago), and a seasonal-naive forecast: what was one cycle ago; for CO2 also with the last
+year's rise added.
 
 Rolling origin (Tashman 2000): every model is fitted to what lies before a fold alone, and forecasts
 from every origin in it; then the next fold. Bars are 95 % intervals of a circular block bootstrap
@@ -167,7 +168,7 @@ def evaluate(series: Series, args: argparse.Namespace) -> Found:
     bar = tqdm(total=len(all_folds) * args.seeds, desc=series.name, disable=None)
     for known, here in all_folds:
         forecasts.setdefault("seasonal naive", []).append(naive(series, here))
-        if series.name == "CO2":
+        if series.rises:
             forecasts.setdefault("with last year's rise", []).append(naive_and_rise(series, here))
         forecasts.setdefault("autoregression", []).append(autoregression(series, known, here))
         row, plain_row = [], []

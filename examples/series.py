@@ -15,6 +15,7 @@ class Series:
     name: str
     unit: str
     values: np.ndarray
+    rises: bool
     period: int  # steps of a cycle
     window: int  # steps that the GRU reads
     horizon: int  # steps that are forecast
@@ -28,8 +29,8 @@ def load() -> list[Series]:
     sunspots = sm.datasets.sunspots.load_pandas().data["SUNACTIVITY"].to_numpy(float)
     co2 = sm.datasets.co2.load_pandas().data["co2"].interpolate().to_numpy(float)
     return [
-        Series("sunspots", "sunspot number", sunspots, 11, 44, 11, 108, 12, 1, 24),
-        Series("CO2", "ppm", co2, 52, 104, 52, 12 * 52, 104, 4, 8),
+        Series("sunspots", "sunspot number", sunspots, False, 11, 44, 11, 108, 12, 1, 24),
+        Series("CO2", "ppm", co2, True, 52, 104, 52, 12 * 52, 104, 4, 56),
     ]
 
 
@@ -58,17 +59,18 @@ def naive_and_rise(series: Series, origins: list[int]) -> np.ndarray:
 
 
 def autoregression(series: Series, known: int, origins: list[int]) -> np.ndarray:
-    """Coefficients from the steps before `known`; from each origin, on what was seen by then."""
-    # A year of weeks: the rise and the season are a line and 52 levels, the lags do the rest.
-    seasonal = {"trend": "ct", "seasonal": True, "period": series.period}
-    terms = seasonal if series.name == "CO2" else {"trend": "c"}
+    """Coefficients from the steps before `known`; from each origin, on what was seen by then. A
+    series that rises is first made one of differences to a cycle ago: a line through all years
+    would not bend with it, nor 52 weeks make a year."""
+    gap = series.period if series.rises else 0
+    values = series.values[gap:] - series.values[:-gap] if gap else series.values
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the index, which has no dates
-        chosen = ar_select_order(series.values[:known], series.most_lags, ic="bic", **terms)
-        lags = chosen.ar_lags or [1]
-        params = AutoReg(series.values[:known], lags, **terms).fit().params
+        lags = ar_select_order(values[: known - gap], series.most_lags, ic="bic").ar_lags or [1]
+        params = AutoReg(values[: known - gap], lags).fit().params
         found = []
         for origin in origins:
-            model = AutoReg(series.values[:origin], lags, **terms)
-            found.append(model.predict(params, start=origin, end=origin + series.horizon - 1))
-    return np.stack(found)
+            seen = AutoReg(values[: origin - gap], lags)
+            end = origin - gap + series.horizon - 1
+            found.append(seen.predict(params, start=origin - gap, end=end))
+    return np.stack(found) + (naive(series, origins) if gap else 0.0)

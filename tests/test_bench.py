@@ -218,6 +218,26 @@ def test_summary_has_a_line_for_each_goal() -> None:
     assert "2.00 (1.00)" in lines[3]
 
 
+def test_older_rows_are_kept_and_named() -> None:
+    seconds = {"torch.nn": 1.0, "fusedrnn": 1.0}
+
+    def row(mode: str, ratio: float) -> report.Result:
+        return report.Result("gru", mode, SMALL, seconds, {"torch.nn": ratio}, 9)
+
+    old = {"date": "then", "commit": "abc"}
+    older = [row("forward", 1.0), row("training", 2.0), row("denormals", 3.0)]
+    header, results = report.updated({"date": "now"}, [row("training", 5.0)], old, older)
+    assert [(r.mode, r.ratios["torch.nn"]) for r in results] == [
+        ("training", 5.0),
+        ("forward", 1.0),
+        ("denormals", 3.0),
+    ]
+    assert header == {"date": "now", "earlier rows": "abc, then: forward, denormals"}
+    header, results = report.updated({"date": "later"}, [row("forward", 6.0)], header, results)
+    assert "training, denormals; abc, then" in header["earlier rows"]
+    assert report.updated(old, older, header, results) == (old, older), "nothing is left of them"
+
+
 def test_the_program(tmp_path: Path, capsys) -> None:
     options = [
         "--mode",

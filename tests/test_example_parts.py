@@ -238,7 +238,7 @@ def test_folds_and_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
     import forecast
     import series as data
 
-    shape = (4, 8, 3, 10, 5, 2, 2)  # period, window, horizon, test, fold, stride, lags
+    shape = (False, 4, 8, 3, 10, 5, 2, 2)  # rises, period, window, horizon, test, fold, ...
     line = data.Series("line", "m", np.arange(40.0), *shape)
     assert data.folds(line) == [(30, [30, 32, 34]), (35, [35, 37])]
     assert data.naive(line, [30, 32]).tolist() == [[26, 27, 28], [28, 29, 30]]
@@ -246,6 +246,10 @@ def test_folds_and_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
     fading = data.Series("fading", "m", 100 * 0.9 ** np.arange(40.0), *shape)
     found = data.autoregression(fading, 30, [32, 36])
     assert found == pytest.approx(np.stack([fading.values[o : o + 3] for o in (32, 36)]))
+    bent = np.arange(40.0) ** 2  # its differences rise by the same each step: an AR(1) of them
+    rising = dataclasses.replace(line, values=bent, rises=True)
+    found = data.autoregression(rising, 30, [32, 36])
+    assert found == pytest.approx(np.stack([bent[o : o + 3] for o in (32, 36)]))
     windows, future = forecast.examples_of(line, 30, 0.0, 1.0)
     assert windows.shape == (20, 8)
     assert future[-1].tolist() == [27, 28, 29], "nothing from beyond"
