@@ -5,7 +5,8 @@
 A shape's floor is the time of its multiplications at the rate of a loop that does nothing else, and
 of reading W_hh at every step through the caches; activations, packing, barriers and calls cost
 nothing. bench/probe.cpp measures those rates. A goal is out of reach where the peer's time / the
-floor, the bound, is smaller; shapes of one step are left out, as calls decide there.
+floor, the bound, is smaller. Layers' shapes of one step are left out, as calls decide there; a
+cell's floor holds the call: of a module with as many parameters that computes nothing.
 """
 
 from __future__ import annotations
@@ -13,17 +14,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from . import report
+import torch
+from torch import Tensor, nn
+
+from . import cases, report
 from .limits import GATES
 from .modes import MODES, Goal
 from .shapes import Shape
+from .timing import paired
 
 WHOLE_LAYERS = ("forward", "training")
+CELLS = ("cell-forward", "cell-training")
 
 
 @dataclass(frozen=True)
@@ -76,11 +85,52 @@ def floor(machine: Machine, mode: str, cell: str, shape: Shape) -> float:
     return 3 * inputs + product(shape.hidden_size, pairs) + 2 * shape.steps * step
 
 
-def line(machine: Machine, mode: str, cell: str, goal: Goal, results: list[report.Result]) -> str:
+class Nothing(nn.Module):
+    """A cell's parameters, of one element each, joined with its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined = [nn.Parameter(torch.zeros(1)) for _ in range(4)]
+        for i, parameter in enumerate(self.joined):
+            self.register_parameter(f"p{i}", parameter)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.cat([*inputs, *self.joined])
+
+
+@cache
+def least_call(cell: str, train: bool) -> float:
+    """Seconds of a call, and a backward pass to every leaf, in which nothing is computed; timed as
+    contestants are."""
+    inputs = [torch.zeros(1, requires_grad=train) for _ in range(3 if cell == "lstm" else 2)]
+    module = Nothing()
+    run = lambda m: (m(*inputs),)  # noqa: E731
+    call = cases.step(module, run, inputs) if train else cases.inference(module, run)
+    return statistics.median(paired({"nothing": call}, 9, 1.0)["nothing"])
+
+
+def cell_floor(machine: Machine, mode: str, cell: str, shape: Shape) -> float:
+    """Seconds: a call, its products, or reading all weights and writing their gradients."""
+    train = mode == "cell-training"
+    weights = GATES[cell] * shape.hidden_size * (shape.input_size + shape.hidden_size)
+    products = 2 * weights * shape.batch / (machine.threads * machine.flops)
+    share = 4 * weights / machine.threads
+    near = share <= machine.private_bytes
+    reading = share / (machine.private_cache if near else machine.shared_cache)
+    step = max(products, reading)
+    return least_call(cell, train) + (3 * step if train else step)
+
+
+Floor = Callable[[Machine, str, str, Shape], float]
+
+
+def line(
+    machine: Machine, mode: str, cell: str, goal: Goal, results: list[report.Result], floor: Floor
+) -> str:
     bounds, shares, ratios = [], [], []
     for result in results:
         ratio = report.against(result, goal)
-        if ratio is None or result.shape.steps == 1:
+        if ratio is None or (mode in WHOLE_LAYERS and result.shape.steps == 1):
             continue
         share = floor(machine, mode, cell, result.shape) / result.seconds[report.FUSED]
         bounds.append((ratio / share, result.shape))
@@ -106,19 +156,22 @@ def table(machine: Machine, results: list[report.Result]) -> str:
         f"private cache, {machine.shared_cache / 1e9:.0f} GB/s from the shared one.",
         "",
         "The bound is the peer's time / the floor: what fusedrnn would reach if activations,",
-        "packing, barriers and calls cost nothing and no product stopped for a moment. Shapes of",
-        "one step are left out of all columns.",
+        "packing, barriers and calls cost nothing and no product stopped for a moment. Layers'",
+        "shapes of one step are left out of all columns. A cell's floor holds what a call costs",
+        f"that computes nothing: {least_call('rnn', False) * 1e6:.0f} us in inference, "
+        f"{least_call('rnn', True) * 1e6:.0f} us in training, most of it autograd's.",
         "",
         "| | time of ... / time of fusedrnn | reached | goal | bound | least bound "
         "| floor / our time |",
         "|:--|:--|--:|--:|--:|:--|--:|",
     ]
     for (mode, cell), members in report.groups(results).items():
-        if mode in WHOLE_LAYERS:
+        if mode in (*WHOLE_LAYERS, *CELLS):
+            least = cell_floor if mode in CELLS else floor
             lines += [
                 text
                 for goal in MODES[mode].goals[cell]
-                if (text := line(machine, mode, cell, goal, members))
+                if (text := line(machine, mode, cell, goal, members, least))
             ]
     return "\n".join([*lines, ""])
 

@@ -79,7 +79,7 @@ def load(seed: int, most: int | None = None) -> tuple[list[Pair], list[Pair]]:
 
 @dataclass(frozen=True)
 class Batch:
-    source: Tensor  # (B, S)
+    source: Tensor  # (B, S), without an end: attention would rest there
     source_lengths: Tensor  # (B,)
     given: Tensor  # (B, T): the language, then the translation
     wanted: Tensor  # (B, T): the translation, then END
@@ -120,7 +120,7 @@ class Subwords:
         return self._bpe.decode(tokens[:stop]).strip()
 
     def batch(self, pairs: list[Pair]) -> Batch:
-        sources = [torch.tensor([*self.tokens(p.source), END]) for p in pairs]
+        sources = [torch.tensor(self.tokens(p.source)) for p in pairs]
         targets = [torch.tensor([start_of(p.language), *self.tokens(p.target), END]) for p in pairs]
 
         def padded(rows: list[Tensor]) -> Tensor:

@@ -64,6 +64,7 @@ def build(attention: str | None, vocabulary: int, args: argparse.Namespace) -> m
         args.hidden,
         None if attention is None else encoder.output_size,
         attention=attention,
+        attention_scale=args.hidden**-0.5,
         padding_idx=PADDING,
         **shape,
     )
@@ -176,9 +177,9 @@ def picture(model: models.Seq2Seq, pairs: list[Pair], subwords: Subwords):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = program.options(__doc__, rounds=7)
     parser.add_argument("--pairs", type=int, help="at most so many of either part")
-    parser.add_argument("--vocabulary", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--vocabulary", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--dropout", type=float, default=0.3)
     parser.add_argument("--rate", type=float, default=3e-3)

@@ -329,6 +329,28 @@ def test_a_floor_is_products_or_reading_weights() -> None:
     )
 
 
+def test_a_cells_floor_holds_the_call(monkeypatch) -> None:
+    least = {("lstm", False): 1e-5, ("lstm", True): 9e-5}
+    monkeypatch.setattr(floors, "least_call", lambda cell, train: least[cell, train])
+    rates = floors.Machine(2, flops=1e9, private_cache=1e9, shared_cache=1e8)
+    many = Shape(100, 1, 8, 4)
+    products = 2 * 16 * (8 + 4) * 100 / 2e9
+    assert floors.cell_floor(rates, "cell-forward", "lstm", many) == pytest.approx(1e-5 + products)
+    found = floors.cell_floor(rates, "cell-training", "lstm", many)
+    assert found == pytest.approx(9e-5 + 3 * products)
+    one = floors.cell_floor(rates, "cell-forward", "lstm", Shape(1, 1, 1024, 1024))
+    assert one == pytest.approx(1e-5 + 4 * 4096 * 2048 / 2 / 1e8), "read from the shared cache"
+
+
+def test_the_least_call_computes_nothing_and_reaches_every_leaf() -> None:
+    assert 0 < floors.least_call("rnn", False) < floors.least_call("rnn", True) < 0.01
+    module = floors.Nothing()
+    inputs = [torch.zeros(1, requires_grad=True) for _ in range(3)]
+    module(*inputs).sum().backward()
+    assert all(p.grad is not None for p in (*inputs, *module.parameters()))
+    assert len(list(module.parameters())) == 4
+
+
 def test_the_table_of_floors(tmp_path: Path, monkeypatch) -> None:
     header = {"threads": "2", "cpu": "a processor", "versions": "some"}
     report.save(header, results_of(4.0, 1.0, 0.5), tmp_path, "some")

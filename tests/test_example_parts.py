@@ -116,6 +116,8 @@ def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [sorted(p.name) for p in mixed] == [sorted(p.name) for p in places]
     bag = classify.Bag(len(letters), 2, None)
     torch.testing.assert_close(bag(letters.batch(places)), bag(letters.batch(mixed)))
+    alone = torch.cat([bag(letters.batch([place])) for place in places])
+    torch.testing.assert_close(bag(letters.batch(places)), alone)  # padding is no letter
     reader = classify.Reader("gru", len(letters), 2, 8).eval()
     assert not torch.allclose(reader(letters.batch(places)), reader(letters.batch(mixed)))
 
@@ -124,7 +126,9 @@ def test_scores_of_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import classify
 
-    places = [classify.Place("abc", 0), classify.Place("abcdefg", 1), classify.Place("ab", 1)]
+    _, longest = classify.LENGTHS[0]
+    names = ("abc", "a" * (longest + 1), "b" * longest)
+    places = [classify.Place(name, n) for name, n in zip(names, (0, 1, 1), strict=True)]
     logits = torch.tensor([[3.0, 0, 0, 1], [0, 3, 0, 2], [3, 0, 1, 2]])
     assert classify.confusion(logits, places)[:2, :2].tolist() == [[1, 0], [1, 1]]
     found = classify.scores(logits, places)
@@ -156,6 +160,10 @@ def test_chorales_as_tokens_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     sounding = first >= text.FIRST
     assert up[sounding].equal(first[sounding] + 3)
     assert up[~sounding].equal(first[~sounding])
+    silent = torch.tensor([[text.HOLD, text.REST, text.EDGE, text.FIRST]])
+    assert text.transposed(silent, 2).tolist() == [
+        [text.HOLD, text.REST, text.EDGE, text.FIRST + 2]
+    ]
     batch = text.batch_of([first, first[:5]])
     assert batch.lengths.tolist() == [len(first) + 1, 6]
     assert batch.given[:, 0].eq(text.EDGE).all()
@@ -193,6 +201,10 @@ def test_what_a_composer_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     again = torch.tensor([[5, 6, 7, 8], [9, 9, 9, 9]] * 40)
     assert max(compose.counted([again], [again])) < 0.5
     assert min(compose.counted([again], [pieces[0]])) > 1.5
+    # Each of edge, 5, 9 was followed once by the next; a tenth is added to every count.
+    piece = torch.tensor([[5] * 4, [9] * 4])
+    chance = torch.tensor(1.1 / (1 + 0.1 * text.TOKENS))
+    assert compose.counted([piece], [piece]) == pytest.approx([-chance.log().item()] * 4)
 
 
 def test_no_forecast_looks_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +301,9 @@ def test_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = subwords.batch(held_out[:3])
     for row, pair in enumerate(held_out[:3]):
         length = int(batch.lengths[row])
+        read = batch.source[row, : batch.source_lengths[row]].tolist()
+        assert text.END not in read, "attention would rest there"
+        assert subwords.text(read) == pair.source
         assert subwords.text(batch.wanted[row].tolist()) == pair.target
         assert batch.given[row, 0] == text.start_of(pair.language)
         assert batch.given[row, 1:length].equal(batch.wanted[row, : length - 1])
@@ -298,5 +313,8 @@ def test_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(p.kind == "name" for p in many) == 64, "as many sentences as names"
     perfect = translate_messages.scores([p.target for p in held_out], held_out)
     assert list(perfect) == ["de sentences", "de names", "fr sentences", "fr names"]
+    german = [p.target if p.language == "de" else "" for p in held_out]
+    half = translate_messages.scores(german, held_out)
+    assert [score["exact"] for score in half.values()] == [1.0, 1.0, 0.0, 0.0]
     for score in perfect.values():
         assert score == {"bleu": pytest.approx(100), "chrf": pytest.approx(100), "exact": 1.0}

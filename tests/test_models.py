@@ -104,15 +104,17 @@ def attention_by_hand(module: models.Attention, q: Tensor, m: Tensor) -> tuple[T
         )
         hidden = hidden + weight.get("key_layer.bias", torch.zeros(()).double())
         scores = torch.einsum("a,sa->s", weight["score_layer.weight"][0], hidden.tanh())
+    scores = scores * module.scale
     weights = scores.exp() / scores.exp().sum()
     return torch.einsum("s,se->e", weights, m), weights
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("kind", ATTENTIONS[1:])
-def test_attention(kind: str) -> None:
+def test_attention(kind: str, scale: float) -> None:
     torch.manual_seed(1)
     memory_size = 4 if kind == "dot" else 6
-    module = models.Attention(kind, 4, memory_size)
+    module = models.Attention(kind, 4, memory_size, scale=scale)
     values, lengths = torch.randn(3, 5, memory_size), torch.tensor([5, 2, 0])
     values[1, 2:] = torch.nan  # padding is never looked at
     values.requires_grad_()
@@ -376,6 +378,7 @@ def test_encoder_options(options: dict[str, Any], match: str) -> None:
         ({"memory_size": None}, "memory_size: expected with attention"),
         ({"attention": "dot"}, "memory_size: dot needs query_size = 6, got 4"),
         ({"attention": "bahdanau", "input_feeding": True}, "input_feeding: needs Luong"),
+        ({"attention_scale": 0.0}, "scale: expected a positive number, got 0.0"),
     ],
 )
 def test_decoder_options(options: dict[str, Any], match: str) -> None:

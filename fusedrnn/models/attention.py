@@ -37,12 +37,21 @@ class Attention(nn.Module):
     Args:
         query_size, memory_size: features of q and of m; equal for ``"dot"``.
         size: features of the tanh layer, query_size if None.
+        scale: what scores are multiplied by. Those of dot and general are sums over query_size;
+            a softmax of large ones picks one place before it has learnt which, and then learns no
+            more: ``query_size ** -0.5`` (Vaswani et al. 2017) keeps them small at first.
     """
 
     KINDS = ("dot", "general", "concat", "bahdanau")
 
     def __init__(
-        self, kind: str, query_size: int, memory_size: int, size: int | None = None
+        self,
+        kind: str,
+        query_size: int,
+        memory_size: int,
+        size: int | None = None,
+        *,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_choice("kind", kind, self.KINDS)
@@ -53,7 +62,10 @@ class Attention(nn.Module):
                 f"memory_size: dot needs query_size = {query_size}, got {memory_size}; "
                 "general takes any"
             )
+        if not 0.0 < scale < float("inf"):
+            raise ValueError(f"scale: expected a positive number, got {scale!r}")
         self.kind, self.query_size, self.memory_size = kind, query_size, memory_size
+        self.scale = scale
         self.query_layer = self.key_layer = self.score_layer = None
         if kind == "general":
             self.key_layer = nn.Linear(memory_size, query_size, bias=False)
@@ -86,6 +98,8 @@ class Attention(nn.Module):
         else:
             hidden = self.query_layer(query)[:, :, None] + memory.keys[:, None]
             scores = self.score_layer(torch.tanh(hidden)).squeeze(-1)
+        if self.scale != 1.0:
+            scores = scores * self.scale
         if memory.mask is None:
             weights = scores.softmax(-1)
         else:

@@ -48,6 +48,7 @@ class AttentionDecoder(nn.Module):
         num_embeddings: size of the vocabulary, V.
         embedding_size: features of a token.
         memory_size: features of the memory's states; None without attention.
+        attention_scale: scale of :class:`Attention`.
         cell, num_layers, residual, dropout: of the stack; dropout also before the logits.
         padding_idx: a token whose embedding stays zero.
     """
@@ -60,6 +61,7 @@ class AttentionDecoder(nn.Module):
         memory_size: int | None = None,
         *,
         attention: str | None = "general",
+        attention_scale: float = 1.0,
         input_feeding: bool = False,
         cell: str = "lstm",
         num_layers: int = 1,
@@ -89,7 +91,7 @@ class AttentionDecoder(nn.Module):
         self.attention = self.combine = None
         if attention is not None:
             assert memory_size is not None
-            self.attention = Attention(attention, hidden_size, memory_size)
+            self.attention = Attention(attention, hidden_size, memory_size, scale=attention_scale)
             self.combine = nn.Linear(memory_size + hidden_size, hidden_size, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden_size, num_embeddings)
