@@ -59,6 +59,8 @@ class Composer(nn.Module):
         self.places = nn.Embedding(STEPS_PER_QUARTER, embedding)
         size = (len(VOICES) + 1) * embedding
         self.encoder = models.Encoder(size, hidden, cell=cell, num_layers=2, dropout=0.2)
+        if cell == "lstm":
+            models.forget_gate_bias_(self.encoder)
         self.heads = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(hidden + above * embedding, hidden // 2),
