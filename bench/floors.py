@@ -31,9 +31,6 @@ from .modes import MODES, Goal
 from .shapes import Shape
 from .timing import paired
 
-WHOLE_LAYERS = ("forward", "training")
-CELLS = ("cell-forward", "cell-training")
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -121,29 +118,34 @@ def cell_floor(machine: Machine, mode: str, cell: str, shape: Shape) -> float:
     return least_call(cell, train) + (3 * step if train else step)
 
 
-Floor = Callable[[Machine, str, str, Shape], float]
+# By mode; the others have none.
+FLOORS: dict[str, Callable[[Machine, str, str, Shape], float]] = {
+    "forward": floor,
+    "training": floor,
+    "cell-forward": cell_floor,
+    "cell-training": cell_floor,
+}
 
 
-def line(
-    machine: Machine, mode: str, cell: str, goal: Goal, results: list[report.Result], floor: Floor
-) -> str:
+def line(machine: Machine, mode: str, cell: str, goal: Goal, results: list[report.Result]) -> str:
+    least = FLOORS[mode]
     bounds, shares, ratios = [], [], []
     for result in results:
         ratio = report.against(result, goal)
-        if ratio is None or (mode in WHOLE_LAYERS and result.shape.steps == 1):
+        if ratio is None or (least is floor and result.shape.steps == 1):
             continue
-        share = floor(machine, mode, cell, result.shape) / result.seconds[report.FUSED]
+        share = least(machine, mode, cell, result.shape) / result.seconds[report.FUSED]
         bounds.append((ratio / share, result.shape))
         shares.append(share)
         ratios.append(ratio)
     if not bounds:
         return ""
     mean = report.geometric_mean
-    least, where = min(bounds)
+    lowest, where = min(bounds)
     wanted = "-" if goal.mean is None else f"{goal.mean:.2f}"
     return (
         f"| {cell.upper()}, {mode} | {goal.against} | {mean(ratios):.2f} | {wanted} "
-        f"| {mean(b for b, _ in bounds):.2f} | {least:.2f} at {where} | {mean(shares):.0%} |"
+        f"| {mean(b for b, _ in bounds):.2f} | {lowest:.2f} at {where} | {mean(shares):.0%} |"
     )
 
 
@@ -166,12 +168,11 @@ def table(machine: Machine, results: list[report.Result]) -> str:
         "|:--|:--|--:|--:|--:|:--|--:|",
     ]
     for (mode, cell), members in report.groups(results).items():
-        if mode in (*WHOLE_LAYERS, *CELLS):
-            least = cell_floor if mode in CELLS else floor
+        if mode in FLOORS:
             lines += [
                 text
                 for goal in MODES[mode].goals[cell]
-                if (text := line(machine, mode, cell, goal, members, least))
+                if (text := line(machine, mode, cell, goal, members))
             ]
     return "\n".join([*lines, ""])
 
