@@ -43,8 +43,8 @@ pybind11::dict build_info() {
 //   params  per direction w_ih, w_hh, [b_ih, b_hh], [w_hr]
 //   save    keep what backward needs
 //   y (T, B, D*P) or (N, D*P); h_n like h0; c_n like c0, LSTM, else (0)
-//   gates (rows of x, D, 4*Hp), LSTM and GRU; cells (rows of x, D, Hp), LSTM: valid in packed rows,
-//     Hp = H rounded up to 16; (0) where not saved
+//   gates (rows of x, D, row_stride(4*Hp)), LSTM and GRU; cells (rows of x, D, Hp), LSTM: valid in
+//     packed rows, Hp = H rounded up to 16; (0) where not saved
 //
 // Backward: output_mask over [x, h0, c0, *params]; what is not wanted comes back as (0).
 TORCH_LIBRARY(fusedrnn, m) {

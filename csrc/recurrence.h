@@ -22,6 +22,15 @@ inline constexpr int64_t padded(int64_t units) {
   return (units + kUnitAlignment - 1) / kUnitAlignment * kUnitAlignment;
 }
 
+// Values from one row to the next, of rows of `width` values of type E. Rows whole multiples of 2
+// KiB apart fall into few sets of the first cache, and a tile's lines throw each other out: such
+// rows are laid a line further apart.
+template <class E>
+constexpr int64_t row_stride(int64_t width) {
+  constexpr int64_t few_sets = 2048 / sizeof(E), line = 64 / sizeof(E);
+  return width % few_sets == 0 ? width + line : width;
+}
+
 // Rounded up to whole panels of any instruction set (columns of at most 4 vectors of 16 lanes).
 inline constexpr int64_t whole_panels(int64_t columns) { return (columns + 63) / 64 * 64; }
 
@@ -185,17 +194,18 @@ struct BackwardDirection {
   int64_t gates_stride;
   const S* cells;  // packed rows of the whole sequence, (., cells_stride)
   int64_t cells_stride;
-  const E* h0;           // (B, Pp), sorted rows, zeros where not given
-  const S* c0;           // (B, Hp), the same
-  const S* dh_n;         // (B, Pp), sorted rows, or null
-  E* dgates;             // packed rows of the chunk, (., saved_blocks * Hp): scratch
-  const E* dgates_next;  // (B, .): dgates of the step walked just before this chunk; null at the
-                         // first chunk
-  S* carry;              // (B, Hp): LSTM dc, GRU dh z; holds dc_n (LSTM) or zeros at first
-  E* dh;                 // packed rows of the chunk, (., Pp): dh before a projection; or null
-  E* h_tilde;            // packed rows of the chunk, (., Hp); or null
-  S *dh0, *dc0;          // (B, P), (B, H), caller's rows; or null: not wanted
-  S *dw_ih, *dw_hh;      // like the weights: written at the first chunk, added to at the others; or
+  const E* h0;            // (B, Pp), sorted rows, zeros where not given
+  const S* c0;            // (B, Hp), the same
+  const S* dh_n;          // (B, Pp), sorted rows, or null
+  E* dgates;              // packed rows of the chunk, (., dgates_stride): scratch
+  int64_t dgates_stride;  // >= saved_blocks * Hp
+  const E* dgates_next;   // (B, dgates_stride): dgates of the step walked just before this chunk;
+                         // null at the first chunk
+  S* carry;          // (B, Hp): LSTM dc, GRU dh z; holds dc_n (LSTM) or zeros at first
+  E* dh;             // packed rows of the chunk, (., Pp): dh before a projection; or null
+  E* h_tilde;        // packed rows of the chunk, (., Hp); or null
+  S *dh0, *dc0;      // (B, P), (B, H), caller's rows; or null: not wanted
+  S *dw_ih, *dw_hh;  // like the weights: written at the first chunk, added to at the others; or
   S *db_ih, *db_hh, *dw_hr;  // null: not wanted
   const uint8_t* reset;
 };

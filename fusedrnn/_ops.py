@@ -66,7 +66,10 @@ def _layer_forward_fake(
     c_n = x.new_empty((directions, batch, hidden_size) if lstm else (0,))
     padded = -(-hidden_size // _C.unit_alignment) * _C.unit_alignment
     has_gates = save and mode in ("LSTM", "GRU")
-    gates = x.new_empty((rows, directions, 4 * padded) if has_gates else (0,))
+    width = 4 * padded
+    if width * x.element_size() % 2048 == 0:  # row_stride() in csrc/recurrence.h
+        width += 64 // x.element_size()
+    gates = x.new_empty((rows, directions, width) if has_gates else (0,))
     cell_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     cells = x.new_empty((rows, directions, padded) if save and lstm else (0,), dtype=cell_dtype)
     return y, h_n, c_n, gates, cells

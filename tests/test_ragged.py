@@ -172,10 +172,21 @@ def test_infinite_padding(mode: str, poison: float) -> None:
     check(net, Given(net, LENGTHS["mixed"], "few"), poison)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "hidden_size"), [(torch.float32, 128), (torch.float64, 64)], ids=str
+)
 @pytest.mark.parametrize("mode", oracle.MODES)
-def test_halves(mode: str, dtype: torch.dtype) -> None:
-    net = build(mode, dtype, bidirectional=True)
+def test_rows_of_gates_laid_further_apart(mode: str, dtype: torch.dtype, hidden_size: int) -> None:
+    """Rows of whole multiples of 2 KiB; of two bytes a value, see test_halves."""
+    net = build(mode, dtype, hidden_size=hidden_size, bidirectional=True)
+    check(net, Given(net, LENGTHS["mixed"], "some"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("hidden_size", [HIDDEN, 256], ids="H={}".format)
+@pytest.mark.parametrize("mode", oracle.MODES)
+def test_halves(mode: str, hidden_size: int, dtype: torch.dtype) -> None:
+    net = build(mode, dtype, hidden_size=hidden_size, bidirectional=True)
     given = Given(net, LENGTHS["mixed"], "some")
     for name in ("x", "h", "c"):
         setattr(given, name, getattr(given, name).to(dtype).float())

@@ -51,6 +51,7 @@ class BackwardRun {
         hidden_(layer.sizes.hidden_padded()),
         output_(layer.sizes.output_padded()),
         width_(saved_blocks(layer.cell) * hidden_),
+        stride_(row_stride<E>(width_)),
         direct_(in.gates.scalar_type() == kDtype<E>),
         work_(workload_of(layer, schedule_, 3)),
         bounds_(chunk_bounds(schedule_, work_)),
@@ -98,7 +99,8 @@ class BackwardRun {
     dir.y = y_.data() + d * sizes.output;
     dir.y_stride = dir.dy_stride = layer_.directions * sizes.output;
     if (dy_.data() != nullptr) dir.dy = dy_.data() + d * sizes.output;
-    dir.gates_stride = direct_ ? layer_.directions * width_ : width_;
+    dir.gates_stride = direct_ ? layer_.directions * stride_ : stride_;
+    dir.dgates_stride = stride_;
     if (has_cell_state(layer_.cell)) dir.cells = cells_.data() + d * hidden_;
     dir.cells_stride = layer_.directions * hidden_;
     if (out.dh0.defined()) {
@@ -136,13 +138,13 @@ class BackwardRun {
         }
         scratch_.want(&dir.packed.recurrent, words_of<E>(gates) * whole_panels(sizes.output));
       }
-      scratch_.want(&dir.dgates, most_rows_ * width_);
-      scratch_.want(&next_[d], layer_.batch * width_);
+      scratch_.want(&dir.dgates, most_rows_ * stride_);
+      scratch_.want(&next_[d], layer_.batch * stride_);
       scratch_.want(&dir.carry, layer_.batch * hidden_);
       scratch_.want(&h0_[d], layer_.batch * output_);
       if (has_cell_state(layer_.cell)) scratch_.want(&c0_[d], layer_.batch * hidden_);
       if (in_.dh_n) scratch_.want(&dh_n_[d], layer_.batch * output_);
-      if (!direct_) scratch_.want(&widened_[d], most_rows_ * width_);
+      if (!direct_) scratch_.want(&widened_[d], most_rows_ * stride_);
       if (sizes.projected) {
         scratch_.want(&dir.packed.projection, words_of<E>(sizes.output) * whole_panels(hidden_));
         scratch_.want(&dir.dh, most_rows_ * output_);
@@ -189,27 +191,27 @@ class BackwardRun {
     const int64_t first = schedule_.row0[dir.chunk.begin];
     if (layer_.cell == Cell::kRnnTanh || layer_.cell == Cell::kRnnRelu) return;
     if (direct_) {
-      dir.gates = gates_.data() + (first * layer_.directions + d) * width_;
+      dir.gates = gates_.data() + (first * layer_.directions + d) * stride_;
       return;
     }
     const int64_t rows = schedule_.row0[dir.chunk.end] - first;
-    at::from_blob(widened_[d], {rows, width_}, kDtype<E>)
-        .copy_(in_.gates.narrow(0, first, rows).select(1, d));
+    at::from_blob(widened_[d], {rows, width_}, {stride_, 1}, kDtype<E>)
+        .copy_(in_.gates.narrow(0, first, rows).select(1, d).narrow(1, 0, width_));
     dir.gates = widened_[d];
   }
 
   // Keeps the gradients that the next chunk's first step still needs.
   void leave_chunk(const BackwardDirection<S, E>& dir, E* next) const {
     const int64_t t = dir.reverse ? dir.chunk.end - 1 : dir.chunk.begin;
-    const E* from = dir.dgates + (schedule_.row0[t] - schedule_.row0[dir.chunk.begin]) * width_;
-    std::copy(from, from + schedule_.rows[t] * width_, next);
+    const E* from = dir.dgates + (schedule_.row0[t] - schedule_.row0[dir.chunk.begin]) * stride_;
+    std::copy(from, from + schedule_.rows[t] * stride_, next);
   }
 
   const Layer& layer_;
   const Schedule& schedule_;
   const BackwardInputs& in_;
   const int64_t hidden_, output_;  // padded
-  const int64_t width_;            // of a row of gates
+  const int64_t width_, stride_;   // of a row of gates
   const bool direct_;              // gates are kept in the arithmetic's type
   const Workload work_;
   const std::vector<int64_t> bounds_;
@@ -243,8 +245,9 @@ void check_backward(const Layer& layer, const BackwardInputs& in, const c10::Lis
                       in.cells.sizes(), " (was forward called with save=True?)");
   }
   if (saved_blocks(layer.cell) > 1) {
-    TORCH_CHECK_VALUE(in.gates.sizes() == at::IntArrayRef({layer.rows, d, 4 * units}),
-                      "gates: expected shape [", layer.rows, ", ", d, ", ", 4 * units, "], got ",
+    const int64_t width = saved_width(layer);
+    TORCH_CHECK_VALUE(in.gates.sizes() == at::IntArrayRef({layer.rows, d, width}),
+                      "gates: expected shape [", layer.rows, ", ", d, ", ", width, "], got ",
                       in.gates.sizes(), " (was forward called with save=True?)");
   }
   TORCH_CHECK_VALUE(mask.size() == in.layer.params.size() + 3, "output_mask: expected ",

@@ -70,13 +70,13 @@ class BackwardChunk {
   static constexpr int kSideRows = std::min(3, F::kMostRows);
 
   E* dgates(int64_t packed_row) const {
-    return d_.dgates + (packed_row - first_row_) * (kBlocks.count * hidden_);
+    return d_.dgates + (packed_row - first_row_) * d_.dgates_stride;
   }
 
   // dgates of step u, which was walked just before, in this chunk or at the end of the last one.
   const E* dgates_of(int64_t u, int64_t b) const {
     if (u >= d_.chunk.begin && u < d_.chunk.end) return dgates(schedule_.row0[u] + b);
-    return d_.dgates_next + b * (kBlocks.count * hidden_);
+    return d_.dgates_next + b * d_.dgates_stride;
   }
 
   void step(int64_t t) const {

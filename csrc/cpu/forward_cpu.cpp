@@ -30,6 +30,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   const bool direct = gates.scalar_type() == kDtype<S>;
   const int64_t hidden = sizes.hidden_padded(), output = sizes.output_padded();
   const int64_t gates_width = saved_blocks(layer.cell) * hidden;
+  const int64_t saved = saved_width(layer), stride = row_stride<S>(gates_width);
   const int64_t input_gates = gate_blocks(layer.cell) * whole_panels(hidden);
   const Workload work = workload_of(layer, schedule, 1);
   const std::vector<int64_t> bounds = chunk_bounds(schedule, work);
@@ -64,8 +65,8 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     dir.y_stride = layer.directions * sizes.output;
     dir.h_n = h_n.mutable_data_ptr<S>() + d * layer.batch * sizes.output;
     dir.reset = storage.reset_of(d);
-    dir.gates_stride = save && direct ? layer.directions * gates_width : gates_width;
-    dir.saved_stride = layer.directions * gates_width;
+    dir.gates_stride = save && direct ? layer.directions * saved : stride;
+    dir.saved_stride = layer.directions * saved;
     dir.cells_stride = layer.directions * hidden;
     if (save && has_cell_state(layer.cell)) dir.cells = cells.mutable_data_ptr<S>() + d * hidden;
     if (worth_packing(work)) {
@@ -81,7 +82,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     scratch.want(&dir.h[1], layer.batch * output);
     if (has_cell_state(layer.cell)) scratch.want(&dir.c, layer.batch * hidden);
     if (sizes.projected) scratch.want(&dir.h_tilde, layer.batch * hidden);
-    if (!(save && direct)) scratch.want(&dir.gates, most_rows * gates_width);
+    if (!(save && direct)) scratch.want(&dir.gates, most_rows * stride);
   }
   if constexpr (narrow) {
     const int threads = most_threads(work, schedule, bounds);
@@ -116,7 +117,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     for (int d = 0; d < layer.directions; ++d) {
       ForwardDirection<S, Word<E>>& dir = args.direction[d];
       dir.chunk = chunk_of(bounds, i, dir.reverse, false);
-      const int64_t at = (schedule.row0[dir.chunk.begin] * layer.directions + d) * gates_width;
+      const int64_t at = (schedule.row0[dir.chunk.begin] * layer.directions + d) * saved;
       if (save && narrow) {
         dir.saved_half = data_of<uint16_t>(gates) + at;
       } else if (save && direct) {
@@ -136,7 +137,8 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
         const int64_t rows = schedule.row0[dir.chunk.end] - first;
         gates.narrow(0, first, rows)
             .select(1, d)
-            .copy_(at::from_blob(dir.gates, {rows, gates_width}, h_n.options()));
+            .narrow(1, 0, gates_width)
+            .copy_(at::from_blob(dir.gates, {rows, gates_width}, {stride, 1}, h_n.options()));
       }
     }
   }
@@ -184,11 +186,15 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   };
   const at::Tensor c_n = empty_where(lstm, {directions, layer.batch, sizes.hidden}, exact);
   const at::Tensor gates =
-      empty_where(save_gates, {layer.rows, directions, 4 * sizes.hidden_padded()}, x.options());
+      empty_where(save_gates, {layer.rows, directions, saved_width(layer)}, x.options());
   const at::Tensor cells =
       empty_where(save_cells, {layer.rows, directions, sizes.hidden_padded()}, exact);
+  // What no step reaches: the same call gives the same tensors.
+  const int64_t gates_width = 4 * sizes.hidden_padded();
+  if (save_gates && saved_width(layer) > gates_width) {
+    gates.narrow(2, gates_width, saved_width(layer) - gates_width).zero_();
+  }
   if (storage.padded) {
-    // What no step reaches: the same call gives the same tensors.
     const int64_t valid = storage.view.row0[storage.view.steps];
     if (save_gates) gates.narrow(0, valid, layer.rows - valid).zero_();
     if (save_cells) cells.narrow(0, valid, layer.rows - valid).zero_();

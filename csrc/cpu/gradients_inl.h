@@ -192,7 +192,7 @@ class ChunkGradients {
       const int block = static_cast<int>(i / per_block);
       const int64_t unit = i % per_block * kGradientRows;
       const int64_t width = std::min(kGradientRows, units - unit);
-      take_columns(d_.dgates + block * hidden_ + unit, blocks_.count * hidden_, width);
+      take_columns(d_.dgates + block * hidden_ + unit, d_.dgates_stride, width);
       const int input_gate = blocks_.input_gate[block], hidden_gate = blocks_.hidden_gate[block];
       if (input_gate >= 0) {
         const int64_t row = input_gate * units + unit;
@@ -229,7 +229,7 @@ class ChunkGradients {
       const int64_t panels = panel_count<S>(sizes_.input, kChunkVectors);
       product_by_column(
           Range{0, rows_}, share(panels, slot_.thread, slot_.threads),
-          [&](int64_t row) { return dgates + row * (blocks_.count * hidden_); }, weight,
+          [&](int64_t row) { return dgates + row * d_.dgates_stride; }, weight,
           [&](int64_t row, int64_t column, Vec<S> value) __attribute__((always_inline)) {
             S* to = args_.dx + io_row(schedule_, first_row_ + row) * sizes_.input + column;
             const int64_t valid = sizes_.input - column;
@@ -255,7 +255,7 @@ class ChunkGradients {
           pack_input(packed, Range{k, k + size}, panels);
         }
         const auto row_at = [&](int64_t row) {
-          return as_words<E>(dgates + row * (blocks_.count * hidden_)) + k;
+          return as_words<E>(dgates + row * d_.dgates_stride) + k;
         };
         const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
                                                  int64_t panel) __attribute__((always_inline)) {

@@ -283,6 +283,7 @@ void check(const Case& c, const KernelTable<double>& table) {
   d.c0 = c0.data();
   d.dh_n = dh_n.data();
   d.dgates = dgates.data();
+  d.dgates_stride = width;
   d.dgates_next = next.data();
   d.carry = carry.data();
   if (p.sizes.projected) {
