@@ -23,6 +23,7 @@ DENSE = "fusedrnn, no lengths"
 PACKED = "torch.nn, packed"
 FLOAT32 = "fusedrnn, float32"
 TORCH_HALF = "torch.nn, bfloat16"
+NOTHING = "a call that computes nothing"
 
 LAYER = "fusedrnn, layer"
 
@@ -88,7 +89,28 @@ def leaf(shape: Sequence[int], seed: int, dtype: torch.dtype, grad: bool) -> Ten
 # ---- cells: one step ----------------------------------------------------------------------------
 
 
+class Nothing(nn.Module):
+    """A cell's parameters, of one element each, joined with its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined = [nn.Parameter(torch.zeros(1)) for _ in range(4)]
+        for i, parameter in enumerate(self.joined):
+            self.register_parameter(f"p{i}", parameter)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.cat([*inputs, *self.joined])
+
+
+def least_call(cell: str, train: bool) -> Call:
+    """A call, and a backward pass to as many leaves, in which nothing is computed."""
+    inputs = [torch.zeros(1, requires_grad=train) for _ in range(3 if cell == "lstm" else 2)]
+    run = lambda m: (m(*inputs),)  # noqa: E731
+    return step(Nothing(), run, inputs) if train else inference(Nothing(), run)
+
+
 def cell_calls(cell: str, shape: Shape, train: bool) -> dict[str, Call]:
+    """torch.nn's and fusedrnn's steps, and what such a call costs whoever computes."""
     torch.manual_seed(0)
     module = CELLS[cell](shape.input_size, shape.hidden_size)
 
@@ -107,7 +129,7 @@ def cell_calls(cell: str, shape: Shape, train: bool) -> dict[str, Call]:
 
     calls = {TORCH: contestant(copied(module, False)), FUSED: contestant(copied(module))}
     exact = contestant(copied(module, False, torch.float64))
-    return checked(f"{cell} cell {shape}", calls, exact)
+    return checked(f"{cell} cell {shape}", calls, exact) | {NOTHING: least_call(cell, train)}
 
 
 # ---- layers -------------------------------------------------------------------------------------

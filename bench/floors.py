@@ -6,7 +6,8 @@ A shape's floor is the time of its multiplications at the rate of a loop that do
 of reading W_hh at every step through the caches; activations, packing, barriers and calls cost
 nothing. bench/probe.cpp measures those rates. A goal is out of reach where the peer's time / the
 floor, the bound, is smaller. Layers' shapes of one step are left out, as calls decide there; a
-cell's floor holds the call: of a module with as many parameters that computes nothing.
+cell's floor holds the call: of a module with as many parameters that computes nothing, which
+bench.compare times beside the cells.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from . import cases, report
-from .limits import GATES
+from .limits import GATES, SIDE
 from .modes import MODES, Goal
 from .shapes import Shape
 from .timing import paired
@@ -62,6 +61,16 @@ def probe(threads: int) -> Machine:
     return Machine(threads, **json.loads(found.stdout))
 
 
+SHARE_OF_SGEMM = 0.85  # of torch.mm's rate: what the project asks of itself at large shapes
+
+
+def sgemm(threads: int) -> float:
+    """Operations a second of one thread while torch.mm multiplies square matrices on `threads`."""
+    a, b, out = (torch.randn(SIDE, SIDE) for _ in range(3))
+    call = {"product": lambda: torch.mm(a, b, out=out)}
+    return 2 * SIDE**3 / statistics.median(paired(call, 9, 2.0)["product"]) / threads
+
+
 def floor(machine: Machine, mode: str, cell: str, shape: Shape) -> float:
     """Seconds."""
     weights = GATES[cell] * shape.hidden_size  # rows
@@ -82,60 +91,56 @@ def floor(machine: Machine, mode: str, cell: str, shape: Shape) -> float:
     return 3 * inputs + product(shape.hidden_size, pairs) + 2 * shape.steps * step
 
 
-class Nothing(nn.Module):
-    """A cell's parameters, of one element each, joined with its inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.joined = [nn.Parameter(torch.zeros(1)) for _ in range(4)]
-        for i, parameter in enumerate(self.joined):
-            self.register_parameter(f"p{i}", parameter)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return torch.cat([*inputs, *self.joined])
+def layer_floor(machine: Machine, result: report.Result) -> float | None:
+    """Seconds; None for a single step, where the call decides."""
+    if result.shape.steps == 1:
+        return None
+    return floor(machine, result.mode, result.cell, result.shape)
 
 
-@cache
-def least_call(cell: str, train: bool) -> float:
-    """Seconds of a call, and a backward pass to every leaf, in which nothing is computed; timed as
-    contestants are."""
-    inputs = [torch.zeros(1, requires_grad=train) for _ in range(3 if cell == "lstm" else 2)]
-    module = Nothing()
-    run = lambda m: (m(*inputs),)  # noqa: E731
-    call = cases.step(module, run, inputs) if train else cases.inference(module, run)
-    return statistics.median(paired({"nothing": call}, 9, 1.0)["nothing"])
-
-
-def cell_floor(machine: Machine, mode: str, cell: str, shape: Shape) -> float:
-    """Seconds: a call, its products, or reading all weights and writing their gradients."""
-    train = mode == "cell-training"
+def cell_floor(machine: Machine, result: report.Result) -> float | None:
+    """Seconds: a call, its products, or reading all weights and writing their gradients. None
+    where that call was not timed."""
+    if cases.NOTHING not in result.ratios:
+        return None
+    cell, shape, train = result.cell, result.shape, result.mode == "cell-training"
+    # In turns with fusedrnn's: their ratio holds, whatever the machine did then.
+    call = result.ratios[cases.NOTHING] * result.seconds[report.FUSED]
     weights = GATES[cell] * shape.hidden_size * (shape.input_size + shape.hidden_size)
     products = 2 * weights * shape.batch / (machine.threads * machine.flops)
     share = 4 * weights / machine.threads
     near = share <= machine.private_bytes
     reading = share / (machine.private_cache if near else machine.shared_cache)
     step = max(products, reading)
-    return least_call(cell, train) + (3 * step if train else step)
+    return call + (3 * step if train else step)
 
 
 # By mode; the others have none.
-FLOORS: dict[str, Callable[[Machine, str, str, Shape], float]] = {
-    "forward": floor,
-    "training": floor,
+FLOORS: dict[str, Callable[[Machine, report.Result], float | None]] = {
+    "forward": layer_floor,
+    "training": layer_floor,
     "cell-forward": cell_floor,
     "cell-training": cell_floor,
 }
 
 
-def line(machine: Machine, mode: str, cell: str, goal: Goal, results: list[report.Result]) -> str:
+def line(
+    machine: Machine,
+    library: Machine,
+    mode: str,
+    cell: str,
+    goal: Goal,
+    results: list[report.Result],
+) -> str:
     least = FLOORS[mode]
-    bounds, shares, ratios = [], [], []
+    bounds, library_bounds, shares, ratios = [], [], [], []
     for result in results:
-        ratio = report.against(result, goal)
-        if ratio is None or (least is floor and result.shape.steps == 1):
+        ratio, seconds = report.against(result, goal), least(machine, result)
+        if ratio is None or seconds is None:
             continue
-        share = least(machine, mode, cell, result.shape) / result.seconds[report.FUSED]
+        share = seconds / result.seconds[report.FUSED]
         bounds.append((ratio / share, result.shape))
+        library_bounds.append(ratio / share * seconds / least(library, result))
         shares.append(share)
         ratios.append(ratio)
     if not bounds:
@@ -145,34 +150,37 @@ def line(machine: Machine, mode: str, cell: str, goal: Goal, results: list[repor
     wanted = "-" if goal.mean is None else f"{goal.mean:.2f}"
     return (
         f"| {cell.upper()}, {mode} | {goal.against} | {mean(ratios):.2f} | {wanted} "
-        f"| {mean(b for b, _ in bounds):.2f} | {lowest:.2f} at {where} | {mean(shares):.0%} |"
+        f"| {mean(b for b, _ in bounds):.2f} | {lowest:.2f} at {where} "
+        f"| {mean(library_bounds):.2f} | {mean(shares):.0%} |"
     )
 
 
-def table(machine: Machine, results: list[report.Result]) -> str:
+def table(machine: Machine, product_rate: float, results: list[report.Result]) -> str:
+    library = replace(machine, flops=SHARE_OF_SGEMM * product_rate)
     lines = [
         "# What the machine allows",
         "",
         f"Of one thread while {machine.threads} run (`bench/probe.cpp`): "
         f"{machine.flops / 1e9:.0f} GFLOP/s, {machine.private_cache / 1e9:.0f} GB/s from its "
-        f"private cache, {machine.shared_cache / 1e9:.0f} GB/s from the shared one.",
+        f"private cache, {machine.shared_cache / 1e9:.0f} GB/s from the shared one; "
+        f"{product_rate / 1e9:.0f} GFLOP/s in torch.mm of {SIDE} x {SIDE} matrices.",
         "",
         "The bound is the peer's time / the floor: what fusedrnn would reach if activations,",
         "packing, barriers and calls cost nothing and no product stopped for a moment. Layers'",
-        "shapes of one step are left out of all columns. A cell's floor holds what a call costs",
-        f"that computes nothing: {least_call('rnn', False) * 1e6:.0f} us in inference, "
-        f"{least_call('rnn', True) * 1e6:.0f} us in training, most of it autograd's.",
+        f"shapes of one step are left out of all columns. At {SHARE_OF_SGEMM:.0%} of sgemm: the",
+        "same bound with products at that share of torch.mm's rate. A cell's floor holds a",
+        "call that computes nothing, of a module with as many parameters, timed in their turns.",
         "",
         "| | time of ... / time of fusedrnn | reached | goal | bound | least bound "
-        "| floor / our time |",
-        "|:--|:--|--:|--:|--:|:--|--:|",
+        f"| at {SHARE_OF_SGEMM:.0%} of sgemm | floor / our time |",
+        "|:--|:--|--:|--:|--:|:--|--:|--:|",
     ]
     for (mode, cell), members in report.groups(results).items():
         if mode in FLOORS:
             lines += [
                 text
                 for goal in MODES[mode].goals[cell]
-                if (text := line(machine, mode, cell, goal, members))
+                if (text := line(machine, library, mode, cell, goal, members))
             ]
     return "\n".join([*lines, ""])
 
@@ -183,7 +191,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("results", nargs="?", type=Path, default=here / "compare.json")
     path = parser.parse_args(argv).results
     header, results = report.load(path)
-    text = table(probe(int(header["threads"])), results)
+    threads = int(header["threads"])
+    torch.set_num_threads(threads)
+    text = table(probe(threads), sgemm(threads), results)
     print(text)
     path.with_name("floors.md").write_text(text)
 

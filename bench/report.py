@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .modes import BEST, MODES, Goal
@@ -25,6 +25,7 @@ class Result:
     ratios: dict[str, float]  # median over rounds of its time / fusedrnn's time
     rounds: int
     retimed: bool = False
+    made: str | None = None  # commit and date, where they are not the header's
 
 
 # The modes of the picture.
@@ -237,13 +238,15 @@ def updated(
 ) -> tuple[dict[str, str], list[Result]]:
     """The results, and those older ones that they do not repeat, which the header names."""
     key = {(r.cell, r.mode, r.shape) for r in results}
-    kept = [r for r in older if (r.cell, r.mode, r.shape) not in key]
+    last = f"{older_header.get('commit', 'unknown')}, {older_header['date']}"
+    kept = [replace(r, made=r.made or last) for r in older if (r.cell, r.mode, r.shape) not in key]
     if not kept:
         return header, results
-    modes = ", ".join(dict.fromkeys(r.mode for r in kept))
-    earlier = f"{older_header.get('commit', 'unknown')}, {older_header['date']}: {modes}"
-    before = older_header.get("earlier rows")
-    return header | {"earlier rows": f"{earlier}{f'; {before}' if before else ''}"}, results + kept
+    modes: dict[str | None, dict[str, None]] = {}
+    for r in kept:
+        modes.setdefault(r.made, {})[r.mode] = None
+    earlier = "; ".join(f"{made}: {', '.join(names)}" for made, names in modes.items())
+    return header | {"earlier rows": earlier}, results + kept
 
 
 def load(path: Path) -> tuple[dict[str, str], list[Result]]:

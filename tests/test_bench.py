@@ -234,7 +234,7 @@ def test_older_rows_are_kept_and_named() -> None:
     ]
     assert header == {"date": "now", "earlier rows": "abc, then: forward, denormals"}
     header, results = report.updated({"date": "later"}, [row("forward", 6.0)], header, results)
-    assert "training, denormals; abc, then" in header["earlier rows"]
+    assert header["earlier rows"] == "unknown, now: training; abc, then: denormals"
     assert report.updated(old, older, header, results) == (old, older), "nothing is left of them"
 
 
@@ -329,26 +329,32 @@ def test_a_floor_is_products_or_reading_weights() -> None:
     )
 
 
-def test_a_cells_floor_holds_the_call(monkeypatch) -> None:
-    least = {("lstm", False): 1e-5, ("lstm", True): 9e-5}
-    monkeypatch.setattr(floors, "least_call", lambda cell, train: least[cell, train])
+def test_a_cells_floor_holds_the_call() -> None:
     rates = floors.Machine(2, flops=1e9, private_cache=1e9, shared_cache=1e8)
+
+    def floor(mode: str, shape: Shape, nothing: float = 0.25) -> float | None:
+        seconds = {peers.FUSED: 4e-5, peers.TORCH: 1e-4, cases.NOTHING: 9e-6}
+        ratios = {peers.TORCH: 2.0, cases.NOTHING: nothing}
+        return floors.cell_floor(rates, report.Result("lstm", mode, shape, seconds, ratios, 9))
+
     many = Shape(100, 1, 8, 4)
     products = 2 * 16 * (8 + 4) * 100 / 2e9
-    assert floors.cell_floor(rates, "cell-forward", "lstm", many) == pytest.approx(1e-5 + products)
-    found = floors.cell_floor(rates, "cell-training", "lstm", many)
-    assert found == pytest.approx(9e-5 + 3 * products)
-    one = floors.cell_floor(rates, "cell-forward", "lstm", Shape(1, 1, 1024, 1024))
-    assert one == pytest.approx(1e-5 + 4 * 4096 * 2048 / 2 / 1e8), "read from the shared cache"
+    assert floor("cell-forward", many) == pytest.approx(1e-5 + products)
+    assert floor("cell-training", many) == pytest.approx(1e-5 + 3 * products)
+    one = floor("cell-forward", Shape(1, 1, 1024, 1024), nothing=0.5)
+    assert one == pytest.approx(2e-5 + 4 * 4096 * 2048 / 2 / 1e8), "read from the shared cache"
+    untimed = report.Result("lstm", "cell-forward", many, {peers.FUSED: 1.0}, {peers.TORCH: 2.0}, 9)
+    assert floors.cell_floor(rates, untimed) is None
 
 
-def test_the_least_call_computes_nothing_and_reaches_every_leaf() -> None:
-    assert 0 < floors.least_call("rnn", False) < floors.least_call("rnn", True) < 0.01
-    module = floors.Nothing()
-    inputs = [torch.zeros(1, requires_grad=True) for _ in range(3)]
-    module(*inputs).sum().backward()
-    assert all(p.grad is not None for p in (*inputs, *module.parameters()))
-    assert len(list(module.parameters())) == 4
+@pytest.mark.parametrize("train", [False, True])
+def test_the_least_call_computes_nothing_and_reaches_every_leaf(train: bool) -> None:
+    calls = cases.cell_calls("lstm", Shape(2, 1, 3, 4), train)
+    assert list(calls) == [peers.TORCH, peers.FUSED, cases.NOTHING]
+    found = calls[cases.NOTHING]()
+    assert found[0].shape == (7,), "three inputs and four parameters"
+    assert len(found) == (8 if train else 1)
+    assert all(gradient is not None for gradient in found[1:])
 
 
 def test_the_table_of_floors(tmp_path: Path, monkeypatch) -> None:
