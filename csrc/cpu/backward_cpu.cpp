@@ -92,7 +92,7 @@ class BackwardRun {
     const auto gradient = [&](int index) {
       return data_or_null<S>(out.dparams[d * layer_.params_per_direction + index]);
     };
-    weights_[d] = WeightValues<S, E>(layer_, in_.layer.params, d);
+    weights_[d] = WeightValues<S, E>(layer_, in_.layer.params, d, /*biases=*/false);
     dir.reverse = d == 1;
     dir.weights = weights_[d].view();
     dir.x = x_.data();
@@ -136,7 +136,9 @@ class BackwardRun {
         if (args_.dx != nullptr) {
           scratch_.want(&dir.packed.input, words_of<E>(gates) * whole_panels(sizes.input));
         }
-        scratch_.want(&dir.packed.recurrent, words_of<E>(gates) * whole_panels(sizes.output));
+        if (schedule_.steps > 1 || dir.dh0 != nullptr) {
+          scratch_.want(&dir.packed.recurrent, words_of<E>(gates) * whole_panels(sizes.output));
+        }
       }
       scratch_.want(&dir.dgates, most_rows_ * stride_);
       scratch_.want(&next_[d], layer_.batch * stride_);

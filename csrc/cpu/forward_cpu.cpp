@@ -52,7 +52,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   scratch.want(&zeros, zero_count);
   for (int d = 0; d < layer.directions; ++d) {
     ForwardDirection<S, Word<E>>& dir = args.direction[d];
-    weights[d] = WeightValues<S, E>(layer, in.params, d);
+    weights[d] = WeightValues<S, E>(layer, in.params, d, /*biases=*/true);
     dir.reverse = d == 1;
     dir.weights = weights[d].view();
     if constexpr (narrow) {

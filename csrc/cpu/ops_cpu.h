@@ -167,16 +167,16 @@ class Matrix {
   Values<E> values_;
 };
 
-// One direction's parameters: weights as E, biases as S.
+// One direction's parameters: weights as E, biases, where asked for, as S.
 template <class S, class E>
 struct WeightValues {
   Matrix<E> w_ih, w_hh, w_hr;
   Values<S> b_ih, b_hh;
 
   WeightValues() = default;
-  WeightValues(const Layer& layer, at::TensorList params, int d)
+  WeightValues(const Layer& layer, at::TensorList params, int d, bool biases)
       : w_ih(layer.param(params, d, 0)), w_hh(layer.param(params, d, 1)) {
-    if (layer.has_biases) {
+    if (layer.has_biases && biases) {
       b_ih = Values<S>(layer.param(params, d, 2));
       b_hh = Values<S>(layer.param(params, d, 3));
     }
