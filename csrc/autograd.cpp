@@ -71,6 +71,7 @@ bool everyday(const variable_list& cotangents) {
 
 // The tensor with an axis of one step, or of one direction and layer, in front, or without it.
 at::Tensor lifted(const at::Tensor& t) { return t.defined() ? t.unsqueeze(0) : t; }
+OptionalTensor lifted(const OptionalTensor& t) { return t ? OptionalTensor(lifted(*t)) : t; }
 at::Tensor lowered(const at::Tensor& t) { return t.defined() ? t.squeeze(0) : t; }
 
 struct Saved {
@@ -129,11 +130,9 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
                                at::TensorList params, const LayerInputs& in, bool has_biases,
                                bool bidirectional, bool one_step) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto whole = [&](const OptionalTensor& t) {
-      return one_step && t ? OptionalTensor(lifted(*t)) : t;
-    };
+    const auto whole = [&](const auto& t) { return one_step ? lifted(t) : t; };
     auto [y, h_n, c_n, gates, cells] =
-        forward_op()(mode, *whole(x), in.lengths, in.batch_sizes, in.reset, whole(h0), whole(c0),
+        forward_op()(mode, whole(x), in.lengths, in.batch_sizes, in.reset, whole(h0), whole(c0),
                      params, has_biases, bidirectional, /*save=*/true);
     variable_list saved = {x,
                            tensor_or_undefined(in.lengths),
@@ -264,10 +263,9 @@ std::optional<std::tuple<at::Tensor, at::Tensor>> cell_step(
   if (!suits(h, state, x) || !suits(c, state, x)) return std::nullopt;
   if (!records(x, h, c, params)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto whole = [](const OptionalTensor& t) { return t ? OptionalTensor(lifted(*t)) : t; };
     auto [y, h_n, c_n, gates, cells] =
-        forward_op()(mode, lifted(x), std::nullopt, std::nullopt, std::nullopt, whole(h), whole(c),
-                     params, has_biases, false, /*save=*/false);
+        forward_op()(mode, lifted(x), std::nullopt, std::nullopt, std::nullopt, lifted(h),
+                     lifted(c), params, has_biases, false, /*save=*/false);
     return std::tuple{lowered(h_n), mode == "LSTM" ? lowered(c_n) : c_n};
   }
   const OptionalTensor none;
