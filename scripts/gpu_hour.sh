@@ -66,6 +66,7 @@ if wants probe; then
     fi
     if [ -x build/cuda/probe ]; then
         step probe "$(limit probe 75)" build/cuda/probe
+        "$python" -m bench.cuda.probe_table "$out/probe.log" >"$out/probe.md"
     else
         skip probe "there is no build/cuda/probe"
     fi

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.cuda import cases, cudnn_table, timing
+from bench.cuda import cases, cudnn_table, probe_table, timing
 from bench.cuda.cases import Case, Layers
 from bench.shapes import SHAPES, Shape
 
@@ -229,6 +229,25 @@ def test_what_was_measured_is_written_where_it_is_stopped(tmp_path: Path, monkey
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
     assert len(json.loads((tmp_path / "cudnn.json").read_text())["results"]) == 1
+
+
+def test_the_probes_lines_become_tables() -> None:
+    exchange = '{"figure": "exchange", "protocol": "flag", "ctas": %d, "groups": 1, '
+    exchange += '"payload_bytes": %d, "steps": 512, %s}'
+    lines = [
+        '{"figure": "l2_size", "value": 50, "unit": "bytes", "how": "asked"}',
+        "Segmentation fault",
+        exchange % (8, 512, '"value": 1.25, "unit": "us/step", "how": "stores"'),
+        exchange % (8, 2048, '"value": 2, "unit": "us/step", "how": "stores"'),
+        exchange % (16, 2048, '"failed": "3 wrong or missing words"'),
+    ]
+    text = probe_table.markdown(probe_table.figures(lines))
+    assert "| l2_size |  | 50 | bytes |" in text
+    assert "### flag, one group: us a step" in text
+    assert "| CTAs | 0.5 KB | 2 KB |" in text
+    assert "| 8 | 1.25 | 2 |" in text
+    assert "| 16 | - | failed |" in text
+    assert '"failed": "3 wrong or missing words"' in text.split("Failed:")[1]
 
 
 # ---- the script ---------------------------------------------------------------------------------

@@ -112,12 +112,6 @@ __device__ inline uint32_t peer_address(uint32_t address, uint32_t cta) {
   return there;
 }
 
-__device__ inline uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
 __device__ inline Piece load_peer(uint32_t there) {
   Piece v;
   asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"

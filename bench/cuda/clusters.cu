@@ -185,10 +185,13 @@ uint32_t resident(const void* kernel, uint32_t cluster, int shared_bytes) {
   return static_cast<uint32_t>(found);
 }
 
-void launch_clusters(const void* kernel, const Task& task, int shared_bytes) {
+void fit(const void* kernel, const Task& task, int shared_bytes) {
   if (resident(kernel, task.ctas, shared_bytes) < task.groups) {
     throw std::runtime_error("the clusters do not fit the GPU at once");
   }
+}
+
+void launch_clusters(const void* kernel, const Task& task, int shared_bytes) {
   cudaLaunchAttribute attribute{};
   const cudaLaunchConfig_t config = configured(attribute, task.ctas, task.groups, shared_bytes);
   Task copy = task;
@@ -212,6 +215,11 @@ constexpr Protocol kProtocols[] = {
      "the same with try_wait.acquire.cluster"},
 };
 
+// Two buffers of a step, and so much that an SM holds one CTA.
+int shared_bytes_of(uint32_t bytes) {
+  return std::max(one_cta_bytes(), static_cast<int>(2 * bytes));
+}
+
 void exchange(const Protocol& protocol, uint32_t ctas, uint32_t groups, uint32_t bytes) {
   guarded(Figure("exchange").text("protocol", protocol.name), [&](Figure& figure) {
     Task task{};
@@ -220,10 +228,36 @@ void exchange(const Protocol& protocol, uint32_t ctas, uint32_t groups, uint32_t
     task.payload_words = bytes / 4;
     task.steps = 512;
     task.own_bits = static_cast<uint32_t>(std::countr_zero(bytes / 16 / ctas));
-    const int shared_bytes = std::max(one_cta_bytes(), static_cast<int>(2 * bytes));
-    measure_exchange(figure, protocol.kernel(task.payload_words), launch_clusters, task,
-                     shared_bytes, protocol.how);
+    measure_exchange(figure, protocol.kernel(task.payload_words), {fit, launch_clusters}, task,
+                     shared_bytes_of(bytes), protocol.how);
   });
+}
+
+void residents() {
+  const void* kernel = for_payload<Instances<ClusterPull>>(128);
+  const int most = static_cast<int>(properties().sharedMemPerBlockOptin) - 1024;
+  for (int shared_bytes : {0, one_cta_bytes(), most}) {
+    for (uint32_t size = 2; size <= 16; ++size) {
+      Figure figure("resident_clusters");
+      figure.number("cluster_size", size).number("shared_bytes", shared_bytes);
+      try {
+        figure.value(resident(kernel, size, shared_bytes), "clusters",
+                     "cudaOccupancyMaxActiveClusters, CTAs of 256 threads");
+      } catch (const std::runtime_error& error) {
+        figure.skipped(error.what());  // not every size is one that the hardware takes
+      }
+    }
+  }
+}
+
+// Groups of `ctas` that are resident together; 1 where that cannot be asked.
+uint32_t most_groups(const Protocol& protocol, uint32_t ctas, uint32_t bytes) {
+  try {
+    return std::min(resident(protocol.kernel(bytes / 4), ctas, shared_bytes_of(bytes)),
+                    static_cast<uint32_t>(kMaxGroups));
+  } catch (const std::runtime_error&) {
+    return 1;  // the exchange says why
+  }
 }
 
 }  // namespace
@@ -233,32 +267,16 @@ void clusters() {
     return Figure("exchange").text("protocol", "cluster").skipped("no clusters before sm_90");
   }
   warm_up();
-  const void* kernel = for_payload<Instances<ClusterPull>>(128);
-  for (int shared_bytes :
-       {0, one_cta_bytes(), static_cast<int>(properties().sharedMemPerBlockOptin) - 1024}) {
-    for (uint32_t size = 2; size <= 16; ++size) {
-      guarded(Figure("resident_clusters"), [&](Figure& figure) {
-        figure.number("cluster_size", size).number("shared_bytes", shared_bytes);
-        figure.value(resident(kernel, size, shared_bytes), "clusters",
-                     "cudaOccupancyMaxActiveClusters, CTAs of 256 threads");
-      });
+  residents();
+  for (uint32_t ctas : {16u, 8u}) {
+    for (uint32_t bytes = 512; bytes <= 65536; bytes *= 2) {
+      for (const Protocol& protocol : kProtocols) exchange(protocol, ctas, 1, bytes);
     }
   }
-  for (uint32_t ctas : {16u, 8u}) {
-    for (bool all : {false, true}) {
-      for (uint32_t bytes = 512; bytes <= 65536; bytes *= all ? 4 : 2) {
-        for (const Protocol& protocol : kProtocols) {
-          const int shared_bytes = std::max(one_cta_bytes(), static_cast<int>(2 * bytes));
-          uint32_t groups = 1;
-          if (all) {
-            try {
-              groups = resident(protocol.kernel(bytes / 4), ctas, shared_bytes);
-            } catch (const std::runtime_error&) {
-              continue;  // it has just failed with one group, and said so
-            }
-          }
-          exchange(protocol, ctas, groups, bytes);
-        }
+  for (uint32_t ctas : {16u, 8u}) {  // all that fit, none waiting for another
+    for (uint32_t bytes = 512; bytes <= 65536; bytes *= 4) {
+      for (const Protocol& protocol : kProtocols) {
+        exchange(protocol, ctas, most_groups(protocol, ctas, bytes), bytes);
       }
     }
   }

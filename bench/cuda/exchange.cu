@@ -18,7 +18,7 @@ std::string described(const Trouble& t) {
 
 }  // namespace
 
-void measure_exchange(Figure& figure, const void* kernel, Launch launch, Task task,
+void measure_exchange(Figure& figure, const void* kernel, const Launcher& launcher, Task task,
                       int shared_bytes, const char* how) {
   const size_t threads = static_cast<size_t>(task.groups) * task.ctas * kThreads;
   const size_t payload = static_cast<size_t>(task.payload_words) * 4;
@@ -34,6 +34,7 @@ void measure_exchange(Figure& figure, const void* kernel, Launch launch, Task ta
   task.trouble = trouble.as<Trouble>();
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "the shared memory of an exchange");
+  launcher.fits(kernel, task, shared_bytes);
 
   const auto clear = [&](uint32_t steps) {
     const size_t bytes = task.groups * steps * payload;
@@ -57,11 +58,11 @@ void measure_exchange(Figure& figure, const void* kernel, Launch launch, Task ta
     part.steps = steps;
     part.verify = true;
     clear(steps);
-    launch(kernel, part, shared_bytes);
+    launcher.launch(kernel, part, shared_bytes);
     const std::vector<uint32_t> right = result();
     part.verify = false;
-    const double found =
-        microseconds([&] { launch(kernel, part, shared_bytes); }, 7, [&] { clear(steps); });
+    const double found = microseconds([&] { launcher.launch(kernel, part, shared_bytes); }, 7,
+                                      [&] { clear(steps); });
     if (result() != right) throw std::runtime_error("the timed launch got other words");
     return found;
   };

@@ -105,12 +105,16 @@ __device__ void exchange_steps(const Task& task) {
   exchange.end();
 }
 
-// A way to launch `kernel` over the task's groups * ctas CTAs; checks that it was accepted.
-using Launch = void (*)(const void* kernel, const Task& task, int shared_bytes);
+// How a kernel is launched over the task's groups * ctas CTAs. `fits` throws where they would not
+// be resident together; it is asked once, ahead of all launches.
+struct Launcher {
+  void (*fits)(const void* kernel, const Task& task, int shared_bytes);
+  void (*launch)(const void* kernel, const Task& task, int shared_bytes);
+};
 
 // us a step: the slope between launches of all the steps and of a quarter of them, after one that
 // verifies every word that every thread got. The timed launches' sums must equal that one's.
-void measure_exchange(Figure& figure, const void* kernel, Launch launch, Task task,
+void measure_exchange(Figure& figure, const void* kernel, const Launcher& launcher, Task task,
                       int shared_bytes, const char* how);
 
 // The kernel for the pieces that a thread gets of a payload: 1 up to 4 KB, 16 of 64 KB.

@@ -108,17 +108,21 @@ struct Instances {
   }
 };
 
-void launch_cooperative(const void* kernel, const Task& task, int shared_bytes) {
-  const int grid = static_cast<int>(task.groups * task.ctas);
+void fits(const void* kernel, const Task& task, int shared_bytes) {
   int per_sm = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, shared_bytes),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  if (per_sm * properties().multiProcessorCount < grid) {
+  const int resident = per_sm * properties().multiProcessorCount;
+  if (static_cast<uint32_t>(resident) < task.groups * task.ctas) {
     throw std::runtime_error("the CTAs do not fit the GPU at once");
   }
+}
+
+void launch_cooperative(const void* kernel, const Task& task, int shared_bytes) {
   Task copy = task;
   void* arguments[] = {&copy};
-  check(cudaLaunchCooperativeKernel(kernel, dim3(grid), dim3(kThreads), arguments, shared_bytes),
+  check(cudaLaunchCooperativeKernel(kernel, dim3(task.groups * task.ctas), dim3(kThreads),
+                                    arguments, shared_bytes),
         "cudaLaunchCooperativeKernel");
 }
 
@@ -146,7 +150,7 @@ void exchange(const Protocol& protocol, uint32_t ctas, uint32_t groups, uint32_t
     task.groups = groups;
     task.payload_words = bytes / 4;
     task.steps = steps;
-    measure_exchange(figure, protocol.kernel(task.payload_words), launch_cooperative, task,
+    measure_exchange(figure, protocol.kernel(task.payload_words), {fits, launch_cooperative}, task,
                      one_cta_bytes(), protocol.how);
   });
 }
