@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.cuda import cases, cudnn_table, probe_table, timing
+import fusedrnn
+from bench.cuda import cases, cudnn_table, probe_table, small_run, timing
 from bench.cuda.cases import Case, Layers
 from bench.shapes import SHAPES, Shape
 
@@ -248,6 +249,30 @@ def test_the_probes_lines_become_tables() -> None:
     assert "| 8 | 1.25 | 2 |" in text
     assert "| 16 | - | failed |" in text
     assert '"failed": "3 wrong or missing words"' in text.split("Failed:")[1]
+
+
+# ---- the small run for compute-sanitizer ---------------------------------------------------------
+
+
+def test_the_small_run_compares(monkeypatch, capsys) -> None:
+    assert small_run.main("cpu") == 0
+    assert capsys.readouterr().out.count(": right") == 3 * 3 * 2
+    monkeypatch.setattr(small_run, "TOLERANCES", {"float32": 0.0})
+    assert small_run.main("cpu") == 1
+    assert "results are wrong" in capsys.readouterr().out
+
+
+def test_the_small_run_says_what_fusedrnn_raises(monkeypatch, capsys) -> None:
+    honest = small_run.results
+
+    def without_a_cuda_half(module: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        if isinstance(module, fusedrnn.LSTM):
+            raise RuntimeError("built without its CUDA half\nand a trace")
+        return honest(module, x)
+
+    monkeypatch.setattr(small_run, "results", without_a_cuda_half)
+    assert small_run.main("cpu") == 3
+    assert capsys.readouterr().out == "small_run: lstm, float32: built without its CUDA half\n"
 
 
 # ---- the script ---------------------------------------------------------------------------------

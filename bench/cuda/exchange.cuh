@@ -33,6 +33,7 @@ struct Task {
 };
 
 // Any two words differ: 5 bits of the group, 12 of the step, 14 of the index.
+static_assert(kMaxGroups <= 1 << 5 && kMaxSteps <= 1 << 12 && kMaxPayloadWords <= 1 << 14);
 __device__ inline uint32_t word_of(uint32_t group, uint32_t step, uint32_t index) {
   return group << 26 | step << 14 | index;
 }

@@ -38,16 +38,18 @@ void device() {
   const auto reported = [](const char* name, double value, const char* unit, const char* how) {
     Figure(name).value(value, unit, how);
   };
-  const auto attribute = [](cudaDeviceAttr which) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, 0), "cudaDeviceGetAttribute");
-    return value;
+  const auto attribute = [](const char* name, cudaDeviceAttr which, double scale,
+                            const char* unit) {
+    guarded(Figure(name), [&](Figure& figure) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, which, 0), "cudaDeviceGetAttribute");
+      figure.value(value * scale, unit, "cudaDeviceGetAttribute");
+    });
   };
-  const char* how = "cudaDeviceGetAttribute";
-  reported("sm_clock_reported", attribute(cudaDevAttrClockRate) / 1e3, "MHz", how);
-  reported("memory_clock_reported", attribute(cudaDevAttrMemoryClockRate) / 1e3, "MHz", how);
-  reported("l2_size", attribute(cudaDevAttrL2CacheSize), "bytes", how);
-  how = "cudaGetDeviceProperties";
+  attribute("sm_clock_reported", cudaDevAttrClockRate, 1e-3, "MHz");
+  attribute("memory_clock_reported", cudaDevAttrMemoryClockRate, 1e-3, "MHz");
+  attribute("l2_size", cudaDevAttrL2CacheSize, 1, "bytes");
+  const char* how = "cudaGetDeviceProperties";
   reported("memory_size", static_cast<double>(p.totalGlobalMem), "bytes", how);
   reported("shared_memory_sm", static_cast<double>(p.sharedMemPerMultiprocessor), "bytes", how);
   reported("shared_memory_cta", static_cast<double>(p.sharedMemPerBlockOptin), "bytes", how);
