@@ -5,8 +5,8 @@
 #   scripts/gpu_hour.sh OUT STEP...     some of: build probe cudnn tests sanitizer compare
 #
 # The build of the extension runs beside the probe and the table of torch.nn; what needs it waits.
-# Each step has a time limit (LIMIT_PROBE=30, in seconds, changes one), a log under OUT and a line in
-# the summary, which comes last; no step's failure stops another. The interpreter is $PYTHON; it
+# Each step has a time limit (LIMIT_PROBE=30, in seconds, changes one), a log under OUT and a line
+# in the summary, which comes last; no step's failure stops another. The interpreter is $PYTHON; it
 # needs torch with CUDA, pytest and what a build needs, and nothing is installed.
 # Exit code: 0 where all steps that ran did so with 0.
 set -u
@@ -43,7 +43,7 @@ step() {
 
 skip() { note "$1" "skipped" 0 "$2"; }
 
-# --- the build, in the background ------------------------------------------------------------------
+# --- the build, in the background ----------------------------------------------------------------
 
 # FUSEDRNN_CUDA=1 asks setup.py for the CUDA half. Two cores are left to what is measured meanwhile.
 export FUSEDRNN_CUDA=1 PYTHONUNBUFFERED=1
@@ -55,7 +55,7 @@ if wants build; then
     build=$!
 fi
 
-# --- what needs no build ---------------------------------------------------------------------------
+# --- what needs no build -------------------------------------------------------------------------
 
 step machine 60 sh -c "nvidia-smi; nvcc --version; \"$python\" -c 'import torch; \
     print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name(0))'"
@@ -78,7 +78,7 @@ if wants cudnn; then
         --total $((seconds > 40 ? seconds - 30 : seconds))
 fi
 
-# --- what needs the extension ----------------------------------------------------------------------
+# --- what needs the extension --------------------------------------------------------------------
 
 built=0
 if [ -n "$build" ]; then

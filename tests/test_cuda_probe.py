@@ -62,7 +62,10 @@ def test_exchanges_are_right_and_free_of_races(protocols: Path, which: str) -> N
     "which", ["sentinel-plain", "flag-relaxed", "push-one-buffer", "push-no-barrier"]
 )
 def test_broken_exchanges_race(protocols: Path, which: str) -> None:
-    run = check(protocols, which)
+    for _ in range(5):  # whether a race comes to light depends on who runs when
+        run = check(protocols, which)
+        if run.returncode != 0:
+            break
     assert run.returncode in (1, 66), "neither a race nor a wrong word was found"
     assert run.returncode == 1 or "data race" in run.stderr
 

@@ -45,6 +45,12 @@ void sometimes_yield() {
   if (random() % 4 == 0) sched_yield();
 }
 
+// Long enough for the others to do a step.
+void sometimes_sleep() {
+  thread_local std::minstd_rand random(std::hash<std::thread::id>()(std::this_thread::get_id()));
+  if (random() % 64 == 0) std::this_thread::sleep_for(std::chrono::microseconds(300));
+}
+
 class Deadline {
  public:
   bool expired() {
@@ -275,7 +281,7 @@ struct PushPort : Port {
     return shared[own].mbarrier[buffer].ended(parity);
   }
   Piece read(uint32_t buffer, uint32_t piece) {
-    sometimes_yield();
+    sometimes_sleep();
     return shared[own].buffer[buffer][piece];
   }
   void barrier() {
