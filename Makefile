@@ -14,7 +14,7 @@ export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
-CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard bench/cuda/*))
 # What the extension is compiled from; a stamp below depends on it.
 BUILD_INPUTS := setup.py pyproject.toml $(CSRC)
 
@@ -28,7 +28,7 @@ ENV := build/.stamp-given
 BENCH_ENV := $(ENV)
 endif
 
-.PHONY: help env bench-env build test demo bench lint format sanitize clean distclean FORCE
+.PHONY: help env bench-env build test demo bench lint format sanitize cuda-probe clean distclean FORCE
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,6 +73,9 @@ sanitize:  ## the kernels alone under AddressSanitizer and UndefinedBehaviorSani
 	$(CXX) -O1 -g -std=c++20 -ffp-contract=fast -Wno-psabi -fsanitize=address,undefined \
 	    -fno-sanitize-recover=undefined -Icsrc $(SANITIZE_SOURCES) -pthread -o build/kernel_check
 	for isa in baseline avx2 avx512; do build/kernel_check $$isa || exit 1; done
+
+cuda-probe:  ## compile build/cuda/probe, which measures a GPU; needs nvcc, no GPU
+	bash scripts/build_cuda_probe.sh
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info fusedrnn/_C*.so .pytest_cache .ruff_cache .benchmarks examples/out

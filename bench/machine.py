@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-import fusedrnn
-
 
 def cpu_model() -> str:
     """The processor's name; family and model where the name says little."""
@@ -74,6 +72,8 @@ class OtherLoad:
 
 def describe(threads: int, peers: list[str]) -> dict[str, str]:
     """The header of a report, in the order it is shown."""
+    import fusedrnn  # here, as bench.cuda needs this file where the extension is not built yet
+
     versions = {"torch": torch.__version__, "fusedrnn": fusedrnn.__version__}
     versions |= {peer: version(peer) or "?" for peer in peers}
     isas = " ".join(fusedrnn.cpu_isas())

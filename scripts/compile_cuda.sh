@@ -4,6 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# The probe of bench/cuda has its own flags; its program stays, under build/cuda/.
+if command -v nvcc >/dev/null; then CUDA_ARCHS=90 bash scripts/build_cuda_probe.sh; fi
+
 mapfile -t files < <(find csrc -name '*.cu' 2>/dev/null | sort)
 if [ ${#files[@]} -eq 0 ]; then
     echo "compile_cuda: no CUDA files yet"

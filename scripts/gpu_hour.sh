@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# Everything that a first visit to a machine with a GPU should bring back, in one command.
+#
+#   scripts/gpu_hour.sh OUT             all steps
+#   scripts/gpu_hour.sh OUT STEP...     some of: build probe cudnn tests sanitizer compare
+#
+# The build of the extension runs beside the probe and the table of torch.nn; what needs it waits.
+# Each step has a time limit (LIMIT_PROBE=30, in seconds, changes one), a log under OUT and a line
+# in the summary, which comes last; no step's failure stops another. The interpreter is $PYTHON; it
+# needs torch with CUDA, pytest and what a build needs, and nothing is installed.
+# Exit code: 0 where all steps that ran did so with 0.
+set -u
+cd "$(dirname "$0")/.."
+[ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
+out=$1
+shift
+wanted=" ${*:-build probe cudnn tests sanitizer compare} "
+python=${PYTHON:-python3}
+mkdir -p "$out" build/cuda || exit 2
+out=$(cd "$out" && pwd)
+summary=$out/summary.txt
+: >"$summary"
+
+wants() { [[ $wanted == *" $1 "* ]]; }
+
+limit() {  # step, seconds unless LIMIT_STEP says otherwise
+    local name=LIMIT_${1^^}
+    echo "${!name:-$2}"
+}
+
+note() { printf '%-16s %-24s %6s s  %s\n' "$@" >>"$summary"; }
+
+# step NAME SECONDS COMMAND...: runs it, output to OUT/NAME.log. 124 or 137: it took too long.
+step() {
+    local name=$1 seconds=$2 start=$SECONDS code=0
+    shift 2
+    echo "== $name (at most $seconds s): $*"
+    timeout -k 10 "$seconds" "$@" >"$out/$name.log" 2>&1 </dev/null || code=$?
+    tail -n "${TAIL:-3}" "$out/$name.log"
+    note "$name" "exit code $code" $((SECONDS - start)) "$name.log"
+    return "$code"
+}
+
+skip() { note "$1" "skipped" 0 "$2"; }
+
+# --- the build, in the background ----------------------------------------------------------------
+
+# FUSEDRNN_CUDA=1 asks setup.py for the CUDA half. Two cores are left to what is measured meanwhile.
+export FUSEDRNN_CUDA=1 PYTHONUNBUFFERED=1
+cores=$(nproc)
+export MAX_JOBS=${MAX_JOBS:-$((cores > 3 ? cores - 2 : 1))}
+build=
+if wants build; then
+    (step build "$(limit build 480)" "$python" setup.py build_ext --inplace) >"$out/build.step" &
+    build=$!
+fi
+
+# --- what needs no build -------------------------------------------------------------------------
+
+step machine 60 sh -c "nvidia-smi; nvcc --version; \"$python\" -c 'import torch; \
+    print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name(0))'"
+
+if wants probe; then
+    if [ ! -x build/cuda/probe ]; then
+        step probe-build 150 bash scripts/build_cuda_probe.sh
+    fi
+    if [ -x build/cuda/probe ]; then
+        step probe "$(limit probe 75)" build/cuda/probe
+        "$python" -m bench.cuda.probe_table "$out/probe.log" >"$out/probe.md"
+    else
+        skip probe "there is no build/cuda/probe"
+    fi
+fi
+
+if wants cudnn; then
+    seconds=$(limit cudnn 220)
+    step cudnn "$seconds" "$python" -m bench.cuda.cudnn_table --out "$out" \
+        --total $((seconds > 40 ? seconds - 30 : seconds))
+fi
+
+# --- what needs the extension --------------------------------------------------------------------
+
+built=0
+if [ -n "$build" ]; then
+    wait "$build" || built=$?
+    cat "$out/build.step"
+    rm -f "$out/build.step"
+fi
+if [ "$built" -ne 0 ]; then
+    for name in tests sanitizer compare; do
+        if wants "$name"; then skip "$name" "the build failed"; fi
+    done
+else
+    if wants tests; then
+        TAIL=15 step tests "$(limit tests 240)" "$python" -m pytest -x -q -m cuda
+    fi
+    if wants sanitizer; then
+        if command -v compute-sanitizer >/dev/null; then
+            # torch's allocator would hide an access beyond a tensor inside its own blocks
+            export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+            for tool in memcheck racecheck; do
+                step "sanitizer-$tool" "$(limit sanitizer 90)" compute-sanitizer --tool "$tool" \
+                    --error-exitcode 9 "$python" -m bench.cuda.small_run
+            done
+            unset PYTORCH_NO_CUDA_MEMORY_CACHING
+        else
+            skip sanitizer "compute-sanitizer is not on PATH"
+        fi
+    fi
+    if wants compare; then
+        if [ -e bench/cuda/compare.py ]; then
+            step compare "$(limit compare 300)" "$python" -m bench.cuda.compare --out "$out"
+        else
+            skip compare "there is no bench/cuda/compare.py yet"
+        fi
+    fi
+fi
+
+echo
+echo "== summary, logs under $out"
+cat "$summary"
+! grep -qv -e ' exit code 0 ' -e ' skipped ' "$summary"
