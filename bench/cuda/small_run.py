@@ -30,7 +30,9 @@ def results(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def far(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    difference = (found.double().cpu() - expected).abs().max().item()
+    """Whether some value is off by more than `tolerance` of the largest."""
+    found, expected = found.detach().double(), expected.detach().double().to(found.device)
+    difference = (found - expected).abs().max().item()
     return not difference <= tolerance * max(1.0, expected.abs().max().item())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,3 +75,29 @@ def measure(call: Callable[[], object], clock: Clock, bound: float) -> Timing:
     run(repeats)  # a round to get the clocks of an idle device up
     found = [run(repeats) / repeats for _ in range(rounds)]
     return Timing(statistics.median(found), rounds, repeats)
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], clock: Clock, bound: float
+) -> dict[str, list[float]]:
+    """Seconds a call of each contestant in each round, in about `bound` seconds; whose turn comes
+    first changes. First calls are not counted."""
+
+    def timed(name: str, repeats: int) -> float:
+        start = clock.mark()
+        for _ in range(repeats):
+            calls[name]()
+        return clock.seconds(start, clock.mark()) / repeats
+
+    plans = {}
+    for name in calls:
+        timed(name, 1)
+        plans[name] = plan(min(timed(name, 1), timed(name, 1)), bound / len(calls))
+        timed(name, plans[name][1])
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(min(rounds for rounds, _ in plans.values())):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            found[name].append(timed(name, plans[name][1]))
+    return found

@@ -1,0 +1,151 @@
+"""Time fusedrnn against torch.nn (cuDNN) on a GPU, in turns, with the same weights.
+
+    python -m bench.cuda.compare --out FOLDER
+    python -m bench.cuda.compare --out FOLDER --seconds 0.2 --total 240 --cells gru
+
+Writes cuda.md and cuda.json; what has been measured is there also where it is stopped early. A
+ratio is torch.nn's time / fusedrnn's: the median over rounds in which each had its turn.
+Exit code: 0; 1 where a case failed or fusedrnn's results are far from torch.nn's; 2 where there is
+no GPU, or fusedrnn was built without its CUDA half. float32 is float32, not TF32, on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import fusedrnn
+from fusedrnn._ops import _C
+
+from . import program
+from .cases import DTYPES, MODES, Case
+from .cudnn_table import Call, make_call, three_digits
+from .small_run import far
+from .timing import Clock, Events, in_turns
+
+TORCH, FUSED = "torch.nn", "fusedrnn"
+# Of the largest value; sums of many steps in half precision differ by some roundings.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 6e-2, "float16": 1e-2}
+
+
+@dataclass(frozen=True)
+class Row:
+    case: Case
+    seconds: dict[str, float]  # a call, the median over the rounds, by contestant; empty: failed
+    ratio: float | None = None
+    rounds: int = 0
+    error: str = ""
+
+    def step_microseconds(self, name: str) -> str:
+        return three_digits(self.seconds[name] / self.case.shape.steps * 1e6)
+
+    def figure(self) -> str:
+        times = " against ".join(self.step_microseconds(name) for name in (TORCH, FUSED))
+        return f"{times} us/step, {self.ratio:.2f}"
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self) | {"case": asdict(self.case) | {"shape": str(self.case.shape)}}
+
+
+def contestants(case: Case, device: str) -> dict[str, Call]:
+    """Both libraries' calls, the results of which have been compared."""
+    calls = {
+        TORCH: make_call(case, device),
+        FUSED: make_call(case, device, fusedrnn.convert),
+    }
+    theirs, ours = (calls[name]() for name in (TORCH, FUSED))
+    wrong = [
+        i
+        for i, (found, expected) in enumerate(zip(ours, theirs, strict=True))
+        if far(found, expected, TOLERANCES[case.dtype])
+    ]
+    if wrong:
+        raise ValueError(f"results {wrong} of {len(theirs)} are far from torch.nn's")
+    return calls
+
+
+def measured(case: Case, clock: Clock, device: str, bound: float) -> Row:
+    found = in_turns(contestants(case, device), clock, bound)
+    ratio = statistics.median(
+        theirs / ours for theirs, ours in zip(found[TORCH], found[FUSED], strict=True)
+    )
+    seconds = {name: statistics.median(times) for name, times in found.items()}
+    return Row(case, seconds, ratio, len(found[FUSED]))
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """A line for each cell and stack, a column for each dtype and mode: mean and worst ratio."""
+    groups: dict[tuple[str, str], dict[tuple[str, str], list[Row]]] = {}
+    for row in rows:
+        if row.ratio is not None:
+            columns = groups.setdefault((row.case.cell, str(row.case.layers)), {})
+            columns.setdefault((row.case.dtype, row.case.mode), []).append(row)
+    wanted = [(dtype, mode) for dtype in DTYPES for mode in MODES]
+    lines = [
+        "| | " + " | ".join(f"{d} {m}" for d, m in wanted) + " |",
+        "|:--" + "|--:" * len(wanted) + "|",
+    ]
+    for (cell, layers), columns in groups.items():
+        cells = []
+        for column in wanted:
+            ratios = [row.ratio for row in columns.get(column, []) if row.ratio is not None]
+            cells.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "-")
+        lines.append(f"| {cell.upper()}, {layers} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def markdown(header: dict[str, str], rows: list[Row]) -> str:
+    lines = [
+        "# fusedrnn against torch.nn on a GPU",
+        "",
+        *(f"- {k}: {v}" for k, v in header.items()),
+        "",
+        "torch.nn's time / fusedrnn's, in turns; above 1, fusedrnn is the faster one. Geometric",
+        "mean over the shapes, in brackets the worst of them.",
+        "",
+        *summary(rows),
+        "",
+        "Microseconds a time step, all layers and directions together.",
+        "",
+        f"| case | {TORCH} | {FUSED} | ratio |",
+        "|:--|--:|--:|--:|",
+    ]
+    for row in rows:
+        if row.ratio is not None:
+            figures = " | ".join(row.step_microseconds(name) for name in (TORCH, FUSED))
+            lines.append(f"| {row.case} | {figures} | {row.ratio:.2f} |")
+    return "\n".join([*lines, "", *program.failures(rows)])
+
+
+def table(clock: Clock, device: str = "cuda") -> program.Program[Row]:
+    return program.Program(
+        name="compare",
+        stem="cuda",
+        doc=__doc__ or "",
+        measure=lambda case, seconds: measured(case, clock, device, seconds),
+        failed=lambda case, error: Row(case, {}, error=error),
+        markdown=markdown,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    if torch.cuda.is_available() and _C.build_info()["cuda"] == "no":
+        print("compare: fusedrnn was built without its CUDA half: nothing measured")
+        return 2
+    return program.main(table(Events()), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
