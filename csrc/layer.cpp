@@ -126,6 +126,39 @@ std::vector<int64_t> Layer::y_shape() const {
   return {steps, batch, width};
 }
 
+void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask) {
+  const at::Tensor& x = in.layer.x;
+  const auto check = [&](const char* name, const at::Tensor& t, at::IntArrayRef shape,
+                         at::ScalarType dtype, const char* hint) {
+    TORCH_CHECK_VALUE(t.sizes() == shape, name, ": expected shape ", shape, ", got ", t.sizes(),
+                      hint);
+    TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ",
+                     t.scalar_type());
+    TORCH_CHECK_VALUE(t.device() == x.device(), name, ": expected device ", x.device(),
+                      " like x, got ", t.device());
+  };
+  const auto like_x = [&](const char* name, const OptionalTensor& t, at::IntArrayRef shape) {
+    if (t) check(name, *t, shape, layer.dtype, "");
+  };
+  const char* saved = " (was forward called with save=True?)";
+  const int64_t d = layer.directions;
+  const int64_t units = layer.sizes.hidden_padded();
+  like_x("dy", in.dy, layer.y_shape());
+  like_x("y", in.y, layer.y_shape());
+  like_x("dh_n", in.dh_n, {d, layer.batch, layer.sizes.output});
+  if (has_cell_state(layer.cell)) {
+    like_x("dc_n", in.dc_n, {d, layer.batch, layer.sizes.hidden});
+    check("cells", in.cells, {layer.rows, d, units}, layer.accumulate, saved);
+  }
+  if (saved_blocks(layer.cell) > 1) {
+    check("gates", in.gates, {layer.rows, d, 4 * units}, layer.dtype, saved);
+  }
+  TORCH_CHECK_VALUE(mask.size() == in.layer.params.size() + 3, "output_mask: expected ",
+                    in.layer.params.size() + 3, " values, got ", mask.size());
+  TORCH_CHECK_VALUE(!mask[1] || in.layer.h0, "output_mask[1]: h0 is absent and has no gradient");
+  TORCH_CHECK_VALUE(!mask[2] || in.layer.c0, "output_mask[2]: c0 is absent and has no gradient");
+}
+
 ScheduleStorage::ScheduleStorage(const Layer& layer, const LayerInputs& in) {
   const int64_t steps = layer.steps, batch = layer.batch;
   if (in.batch_sizes) {

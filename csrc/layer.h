@@ -65,6 +65,16 @@ struct Layer {
   std::vector<int64_t> y_shape() const;
 };
 
+// What the forward op left behind, and the gradients that came in.
+struct BackwardInputs {
+  const LayerInputs& layer;
+  const OptionalTensor &dy, &dh_n, &dc_n;
+  const at::Tensor &y, &gates, &cells;
+};
+
+// Checks their shapes, dtypes and devices, and the mask of what is wanted, as Layer does.
+void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask);
+
 // Where each row of each step lies, see Schedule; and the resets per direction in packed order.
 struct ScheduleStorage {
   std::vector<int64_t> rows, row0, io_row, order;
