@@ -72,7 +72,7 @@ class Call:
         self.dy = self._random(steps, batch, directions * outputs)
         self.dh_n = self._random(directions, batch, outputs)
         self.dc_n = self._random(directions, batch, hidden_size) if lstm else None
-        self.lengths = None if lengths is None else torch.tensor(lengths)
+        self.lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int64)
         self.reset = None
         if reset:
             self.reset = torch.rand(steps, batch) < 0.3

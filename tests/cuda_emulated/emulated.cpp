@@ -26,6 +26,7 @@ int64_t bytes_of_part = int64_t{64} << 20;
 
 // For each product so far: whether cuBLAS would have used TF32.
 std::vector<bool> products_with_tf32;
+int64_t products_until_failure = -1;
 
 bool uses_tf32() {
   const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA,
@@ -39,6 +40,7 @@ int64_t part_bytes() { return bytes_of_part; }
 
 void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
   TORCH_CHECK(out.size(0) == a.size(0) && out.size(1) == b.size(1), "a product that does not fit");
+  TORCH_CHECK(products_until_failure-- != 0, "a product failed");
   products_with_tf32.push_back(uses_tf32());
   const auto wide = [](const at::Tensor& t) {
     return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat);
@@ -106,6 +108,7 @@ TORCH_LIBRARY(fusedrnn_emulated, m) {
       "(Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dparams)",
       layer_backward);
   m.def("round_trip(Tensor x, ScalarType dtype) -> Tensor", round_trip);
+  m.def("fail_after(int products) -> ()", [](int64_t n) { products_until_failure = n; });
   m.def("set_part_bytes(int bytes) -> ()", [](int64_t bytes) { bytes_of_part = bytes; });
   m.def("take_products() -> int[]", take_products);
 }
