@@ -126,6 +126,16 @@ std::vector<int64_t> Layer::y_shape() const {
   return {steps, batch, width};
 }
 
+void check_lengths(const Layer& layer, const at::Tensor& lengths) {
+  const at::Tensor dense = lengths.contiguous();
+  const int64_t* length = dense.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < layer.batch; ++b) {
+    TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= layer.steps,
+                      "lengths: expected values in 0..", layer.steps, ", got ", length[b],
+                      " at row ", b);
+  }
+}
+
 void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask) {
   const at::Tensor& x = in.layer.x;
   const auto check = [&](const char* name, const at::Tensor& t, at::IntArrayRef shape,
@@ -166,11 +176,8 @@ ScheduleStorage::ScheduleStorage(const Layer& layer, const LayerInputs& in) {
     rows.assign(b.const_data_ptr<int64_t>(), b.const_data_ptr<int64_t>() + steps);
   } else if (in.lengths) {
     const at::Tensor l = in.lengths->to(at::kCPU).contiguous();
+    check_lengths(layer, l);
     const int64_t* length = l.const_data_ptr<int64_t>();
-    for (int64_t b = 0; b < batch; ++b) {
-      TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= steps, "lengths: expected values in 0..",
-                        steps, ", got ", length[b], " at row ", b);
-    }
     order.resize(batch);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),

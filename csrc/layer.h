@@ -65,6 +65,9 @@ struct Layer {
   std::vector<int64_t> y_shape() const;
 };
 
+// Checks the values of lengths (B) that lie on the CPU: 0..T.
+void check_lengths(const Layer& layer, const at::Tensor& lengths);
+
 // What the forward op left behind, and the gradients that came in.
 struct BackwardInputs {
   const LayerInputs& layer;
