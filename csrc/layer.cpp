@@ -130,9 +130,8 @@ void check_lengths(const Layer& layer, const at::Tensor& lengths) {
   const at::Tensor dense = lengths.contiguous();
   const int64_t* length = dense.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < layer.batch; ++b) {
-    TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= layer.steps,
-                      "lengths: expected values in 0..", layer.steps, ", got ", length[b],
-                      " at row ", b);
+    TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= layer.steps, "lengths: expected values in 0..",
+                      layer.steps, ", got ", length[b], " at row ", b);
   }
 }
 
@@ -161,7 +160,7 @@ void check_backward(const Layer& layer, const BackwardInputs& in, const c10::Lis
     check("cells", in.cells, {layer.rows, d, units}, layer.accumulate, saved);
   }
   if (saved_blocks(layer.cell) > 1) {
-    check("gates", in.gates, {layer.rows, d, 4 * units}, layer.dtype, saved);
+    check("gates", in.gates, {layer.rows, d, layer.saved_width()}, layer.dtype, saved);
   }
   TORCH_CHECK_VALUE(mask.size() == in.layer.params.size() + 3, "output_mask: expected ",
                     in.layer.params.size() + 3, " values, got ", mask.size());

@@ -63,6 +63,8 @@ struct Layer {
     return params[direction * params_per_direction + index];
   }
   std::vector<int64_t> y_shape() const;
+  // Values of one direction in a row of the saved gates, whose blocks are hidden_padded apart.
+  int64_t saved_width() const { return saved_blocks(cell) * sizes.hidden_padded(); }
 };
 
 // Checks the values of lengths (B) that lie on the CPU: 0..T.

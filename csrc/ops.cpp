@@ -43,9 +43,10 @@ pybind11::dict build_info() {
 
 #ifndef FUSEDRNN_CUDA
 void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(),
-                              ": got CUDA tensors, but this fusedrnn was built without its CUDA "
-                              "half: use CPU tensors, or build it where nvcc is with FUSEDRNN_CUDA=1");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, op.schema().name(),
+      ": got CUDA tensors, but this fusedrnn was built without its CUDA "
+      "half: use CPU tensors, or build it where nvcc is with FUSEDRNN_CUDA=1");
 }
 #endif
 

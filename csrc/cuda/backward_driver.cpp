@@ -139,9 +139,7 @@ class BackwardRun {
  private:
   int index(int d, int param) const { return d * layer_.params_per_direction + param; }
   int w_hr_index() const { return layer_.has_biases ? 4 : 2; }
-  at::Tensor param(int d, int i) const {
-    return layer_.param(in_.layer.params, d, i).contiguous();
-  }
+  at::Tensor param(int d, int i) const { return layer_.param(in_.layer.params, d, i).contiguous(); }
   at::Tensor result(int d, int i) const { return out_.dparams[index(d, i)]; }
   bool wants(int d, int i) const { return result(d, i).defined(); }
   bool any_param(int i) const { return wants(0, i) || (layer_.directions == 2 && wants(1, i)); }
@@ -197,17 +195,16 @@ class BackwardRun {
 
   BackwardStep<E> describe(int d, int64_t t, int64_t at, const CarriedGradient<E>& carry) const {
     const int64_t units = sizes_.hidden_padded(), output = sizes_.output, hidden = sizes_.hidden;
-    const int64_t blocks = saved_blocks(layer_.cell);
     BackwardStep<E> p{};
     p.step = walk_.step(t, d == 1);
     p.hidden = hidden;
     p.hidden_padded = units;
     p.carry = carry;
     p.y_stride = layer_.directions * output;
-    p.gates_stride = layer_.directions * blocks * units;
+    p.gates_stride = layer_.directions * layer_.saved_width();
     p.cells_stride = layer_.directions * units;
     p.dgates = values_of<E>(dgates_, at * width_);
-    p.gates = const_values_of<E>(gates_, place(d, t, blocks * units));
+    p.gates = const_values_of<E>(gates_, place(d, t, layer_.saved_width()));
     if (has_cell_state(layer_.cell)) {
       p.dc = values_of<S>(dc_);
       p.cells = const_values_of<S>(cells_, place(d, t, units));

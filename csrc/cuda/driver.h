@@ -111,8 +111,8 @@ class Walk {
 // time.
 inline int64_t rows_of_part(int64_t bytes) { return std::max<int64_t>(1, part_bytes() / bytes); }
 
-// While one lives, products follow cuDNN's switch for TF32 in recurrent layers, as torch.nn's layers
-// do, in place of cuBLAS's.
+// While one lives, products follow cuDNN's switch for TF32 in recurrent layers, as torch.nn's
+// layers do, in place of cuBLAS's.
 //
 // The switch off is a matter of this thread. The switch on is one of the process: a product that
 // another thread starts meanwhile may use TF32 as well.

@@ -36,9 +36,9 @@ struct ForwardBody {
     }
     const int64_t at = row * p.hidden + unit;
     if constexpr (kCell == Cell::kLstm) {
-      const LstmState<S> s =
-          lstm_state<S>({sum(row, unit, 0), sum(row, unit, 1), sum(row, unit, 2), sum(row, unit, 3)},
-                        p.state[at]);
+      const LstmState<S> s = lstm_state<S>(
+          {sum(row, unit, 0), sum(row, unit, 1), sum(row, unit, 2), sum(row, unit, 3)},
+          p.state[at]);
       const S h = lstm_output(s.gates.o, s.c);
       save(row, unit, s.gates.i, s.gates.f, s.gates.g, s.gates.o);
       if (p.cells != nullptr) p.cells[row * p.cells_stride + unit] = s.c;

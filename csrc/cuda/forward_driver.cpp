@@ -107,12 +107,11 @@ class ForwardRun {
     p.hidden_gates = const_values_of<S>(hidden_gates_);
     p.h_tilde = values_of<E>(h_tilde_);
     p.y_stride = directions * sizes_.output;
-    p.gates_stride = directions * saved_blocks(layer_.cell) * p.hidden_padded;
+    p.gates_stride = directions * layer_.saved_width();
     p.cells_stride = directions * p.hidden_padded;
     if (!sizes_.projected) p.y = y_of(d, t);
     if (out_.gates.numel() > 0) {
-      p.gates = values_of<E>(out_.gates,
-                             row * p.gates_stride + d * saved_blocks(layer_.cell) * p.hidden_padded);
+      p.gates = values_of<E>(out_.gates, row * p.gates_stride + d * layer_.saved_width());
     }
     if (out_.cells.numel() > 0) {
       p.cells = values_of<S>(out_.cells, row * p.cells_stride + d * p.hidden_padded);
@@ -156,18 +155,20 @@ ForwardResult forward_on_device(const Layer& layer, const LayerInputs& in, bool 
   const auto options = in.x.options();
   const int64_t d = layer.directions, units = sizes.hidden_padded();
   const bool lstm = has_cell_state(layer.cell);
-  // The units of padding are zero, as the CPU's: the same call gives the same tensors.
-  const auto saved = [&](bool wanted, int64_t blocks, const at::TensorOptions& kind) {
+  // What no unit fills is zero, as the CPU's: the same call gives the same tensors.
+  const auto saved = [&](bool wanted, int64_t filled, int64_t width,
+                         const at::TensorOptions& kind) {
     if (!wanted) return at::empty({0}, kind);
-    const std::vector<int64_t> shape = {layer.rows, d, blocks * units};
-    return units == sizes.hidden ? at::empty(shape, kind) : at::zeros(shape, kind);
+    const std::vector<int64_t> shape = {layer.rows, d, width};
+    return filled == width ? at::empty(shape, kind) : at::zeros(shape, kind);
   };
   ForwardResult out;
   out.y = at::empty(layer.y_shape(), options);
   out.h_n = at::empty({d, layer.batch, sizes.output}, options);
   out.c_n = lstm ? at::empty({d, layer.batch, sizes.hidden}, options) : at::empty({0}, options);
-  out.gates = saved(save && saved_blocks(layer.cell) > 1, saved_blocks(layer.cell), options);
-  out.cells = saved(save && lstm, 1, options.dtype(layer.accumulate));
+  const int64_t blocks = saved_blocks(layer.cell);
+  out.gates = saved(save && blocks > 1, blocks * sizes.hidden, layer.saved_width(), options);
+  out.cells = saved(save && lstm, sizes.hidden, units, options.dtype(layer.accumulate));
   with_storage(layer, [&]<class E>() {
     ForwardRun<E> run(layer, in, out);
     for (int direction = 0; direction < layer.directions; ++direction) run.run(direction);

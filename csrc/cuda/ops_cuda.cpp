@@ -50,8 +50,7 @@ class OnDevice {
   const LayerInputs inputs_;
 };
 
-Layer checked(const std::string& mode, const LayerInputs& in, bool has_biases,
-              bool bidirectional) {
+Layer checked(const std::string& mode, const LayerInputs& in, bool has_biases, bool bidirectional) {
   Layer layer(mode, in, has_biases, bidirectional);
   if (in.lengths && in.lengths->device().is_cpu()) check_lengths(layer, *in.lengths);
   return layer;

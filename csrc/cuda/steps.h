@@ -70,12 +70,12 @@ struct ForwardStep {
   const E* b_hh;          // (G*H), or null
   // What enters the step, and then what enters the next one: zero where that one starts a segment.
   // A row without this step keeps its own, so that the final states are left here.
-  S* state;     // (B, H): LSTM c, GRU h before it is rounded; null for an RNN
-  E* h;         // (B, H): what W_hh multiplies; null with a projection
-  E* h_tilde;   // (B, H): o tanh(c) before a projection, else null
-  E* y;         // (rows, y_stride): zeros in padding; null with a projection
-  E* gates;     // (rows, gates_stride): saved_blocks blocks of hidden_padded; or null
-  S* cells;     // (rows, cells_stride), LSTM; or null
+  S* state;    // (B, H): LSTM c, GRU h before it is rounded; null for an RNN
+  E* h;        // (B, H): what W_hh multiplies; null with a projection
+  E* h_tilde;  // (B, H): o tanh(c) before a projection, else null
+  E* y;        // (rows, y_stride): zeros in padding; null with a projection
+  E* gates;    // (rows, gates_stride): saved_blocks blocks of hidden_padded; or null
+  S* cells;    // (rows, cells_stride), LSTM; or null
   int64_t y_stride, gates_stride, cells_stride, hidden_padded;
 };
 

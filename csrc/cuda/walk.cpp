@@ -6,7 +6,10 @@
 namespace fusedrnn {
 
 Walk::Walk(const Layer& layer, const LayerInputs& in)
-    : steps_(layer.steps), batch_(layer.batch), lengths_(dense(in.lengths)), reset_(dense(in.reset)) {
+    : steps_(layer.steps),
+      batch_(layer.batch),
+      lengths_(dense(in.lengths)),
+      reset_(dense(in.reset)) {
   row_.resize(steps_ + 1, 0);
   if (in.batch_sizes) {
     const at::Tensor sizes = in.batch_sizes->contiguous();

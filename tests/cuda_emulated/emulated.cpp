@@ -29,8 +29,8 @@ std::vector<bool> products_with_tf32;
 int64_t products_until_failure = -1;
 
 bool uses_tf32() {
-  const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA,
-                                                              at::Float32Op::MATMUL);
+  const auto precision =
+      at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
   return precision == at::Float32Precision::TF32 && !at::NoTF32Guard::should_disable_tf32();
 }
 
