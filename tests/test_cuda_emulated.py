@@ -123,9 +123,7 @@ def test_what_is_not_wanted(ops: Any, mode: str) -> None:
     saved = dict(zip(("y", "gates", "cells"), (outputs[i] for i in (0, 3, 4)), strict=True))
 
     def gradients(mask: list[bool], given: Any = cotangents) -> list[torch.Tensor]:
-        dx, dh0, dc0, dparams = ops.layer_backward(
-            **arguments, **given, **saved, output_mask=mask
-        )
+        dx, dh0, dc0, dparams = ops.layer_backward(**arguments, **given, **saved, output_mask=mask)
         return [dx, dh0, dc0, *dparams]
 
     whole = gradients(call.mask())
