@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).resolve().parent
 
@@ -30,6 +30,9 @@ CXX_FLAGS = [
     # Python's own flags bring -g, which makes the objects ten times larger.
     "-g" if os.environ.get("FUSEDRNN_DEBUG") == "1" else "-g0",
 ]
+# For the kernels, which know no torch. No --use_fast_math: it would change divisions, and flush
+# denormals.
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra"]
 
 
 def sources(pattern: str) -> list[str]:
@@ -37,16 +40,47 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(pattern))
 
 
-def cuda_sources() -> list[str]:
-    """The CUDA half, once it exists: csrc/cuda/ops_cuda.cpp and csrc/cuda/*.cu.
+def cuda_version() -> str | None:
+    """The version of CUDA to build the CUDA half for, or None: the CPU half alone; says which.
 
-    It will turn the extension into a CUDAExtension with its own nvcc flags. Until then a torch
-    with CUDA gets the CPU half alone, and is told so.
+    It is built where torch has CUDA, nvcc is found and FUSEDRNN_CUDA=1 asks for it: no GPU has
+    run it yet.
     """
-    if torch.version.cuda is not None:
-        print(f"fusedrnn: torch has CUDA {torch.version.cuda}, but this version of fusedrnn has")
-        print("fusedrnn: no CUDA kernels yet: building the CPU half alone.")
-    return []
+    wanted = os.environ.get("FUSEDRNN_CUDA") == "1"
+    if torch.version.cuda is None:
+        if wanted:
+            raise SystemExit("fusedrnn: FUSEDRNN_CUDA=1, but this torch was built without CUDA.")
+        return None
+    if wanted and CUDA_HOME is None:
+        raise SystemExit("fusedrnn: FUSEDRNN_CUDA=1, but nvcc was not found: set CUDA_HOME.")
+    if not wanted:
+        print(f"fusedrnn: torch has CUDA {torch.version.cuda}, but fusedrnn's CUDA kernels have")
+        print("fusedrnn: not been proven on a GPU yet: building the CPU half alone.")
+        print("fusedrnn: FUSEDRNN_CUDA=1 builds both.")
+        return None
+    print(f"fusedrnn: building both halves, CUDA {torch.version.cuda}.")
+    return torch.version.cuda
+
+
+def extension() -> Extension:
+    cuda = cuda_version()
+    files = [*sources("*.cpp"), *sources("cpu/*.cpp")]
+    flags = {"cxx": CXX_FLAGS}
+    make = CppExtension
+    if cuda is not None:
+        # Ampere, Hopper, and what comes after them by way of PTX.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        files += [*sources("cuda/*.cpp"), *sources("cuda/*.cu")]
+        flags = {"cxx": [*CXX_FLAGS, f"-DFUSEDRNN_CUDA={cuda}"], "nvcc": NVCC_FLAGS}
+        make = CUDAExtension
+    return make(
+        name="fusedrnn._C",
+        sources=files,
+        depends=[*sources("**/*.h"), *sources("**/*.cuh")],
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=flags,
+        extra_link_args=["-fopenmp"],
+    )
 
 
 class Build(BuildExtension):
@@ -65,7 +99,8 @@ class Build(BuildExtension):
         ours = [d for d in ext.include_dirs if Path(d).resolve().is_relative_to(ROOT / "csrc")]
         theirs = [d for d in ext.include_dirs if d not in ours]
         ext.include_dirs = ours
-        ext.extra_compile_args = ext.extra_compile_args + [f"-isystem{d}" for d in theirs]
+        cxx = ext.extra_compile_args["cxx"] + [f"-isystem{d}" for d in theirs]
+        ext.extra_compile_args = ext.extra_compile_args | {"cxx": cxx}
         super().build_extension(ext)
 
 
@@ -75,15 +110,7 @@ def main() -> None:
     # The same name by every way in (make exports it): ninja compiles anew where a command changes.
     if shutil.which("g++"):
         os.environ.setdefault("CXX", "g++")
-    extension = CppExtension(
-        name="fusedrnn._C",
-        sources=[*sources("*.cpp"), *sources("cpu/*.cpp"), *cuda_sources()],
-        depends=sources("**/*.h"),
-        include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=CXX_FLAGS,
-        extra_link_args=["-fopenmp"],
-    )
-    setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+    setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
 
 
 main()

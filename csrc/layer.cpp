@@ -126,6 +126,60 @@ std::vector<int64_t> Layer::y_shape() const {
   return {steps, batch, width};
 }
 
+int64_t Layer::saved_width() const {
+  const int64_t width = saved_blocks(cell) * sizes.hidden_padded();
+  switch (c10::elementSize(dtype)) {
+    case 8:
+      return row_stride<double>(width);
+    case 4:
+      return row_stride<float>(width);
+    default:
+      return row_stride<uint16_t>(width);
+  }
+}
+
+void check_lengths(const Layer& layer, const at::Tensor& lengths) {
+  const at::Tensor dense = lengths.contiguous();
+  const int64_t* length = dense.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < layer.batch; ++b) {
+    TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= layer.steps, "lengths: expected values in 0..",
+                      layer.steps, ", got ", length[b], " at row ", b);
+  }
+}
+
+void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask) {
+  const at::Tensor& x = in.layer.x;
+  const auto check = [&](const char* name, const at::Tensor& t, at::IntArrayRef shape,
+                         at::ScalarType dtype, const char* hint) {
+    TORCH_CHECK_VALUE(t.sizes() == shape, name, ": expected shape ", shape, ", got ", t.sizes(),
+                      hint);
+    TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ",
+                     t.scalar_type());
+    TORCH_CHECK_VALUE(t.device() == x.device(), name, ": expected device ", x.device(),
+                      " like x, got ", t.device());
+  };
+  const auto like_x = [&](const char* name, const OptionalTensor& t, at::IntArrayRef shape) {
+    if (t) check(name, *t, shape, layer.dtype, "");
+  };
+  const char* saved = " (was forward called with save=True?)";
+  const int64_t d = layer.directions;
+  const int64_t units = layer.sizes.hidden_padded();
+  like_x("dy", in.dy, layer.y_shape());
+  like_x("y", in.y, layer.y_shape());
+  like_x("dh_n", in.dh_n, {d, layer.batch, layer.sizes.output});
+  if (has_cell_state(layer.cell)) {
+    like_x("dc_n", in.dc_n, {d, layer.batch, layer.sizes.hidden});
+    check("cells", in.cells, {layer.rows, d, units}, layer.accumulate, saved);
+  }
+  if (saved_blocks(layer.cell) > 1) {
+    check("gates", in.gates, {layer.rows, d, layer.saved_width()}, layer.dtype, saved);
+  }
+  TORCH_CHECK_VALUE(mask.size() == in.layer.params.size() + 3, "output_mask: expected ",
+                    in.layer.params.size() + 3, " values, got ", mask.size());
+  TORCH_CHECK_VALUE(!mask[1] || in.layer.h0, "output_mask[1]: h0 is absent and has no gradient");
+  TORCH_CHECK_VALUE(!mask[2] || in.layer.c0, "output_mask[2]: c0 is absent and has no gradient");
+}
+
 ScheduleStorage::ScheduleStorage(const Layer& layer, const LayerInputs& in) {
   const int64_t steps = layer.steps, batch = layer.batch;
   if (in.batch_sizes) {
@@ -133,11 +187,8 @@ ScheduleStorage::ScheduleStorage(const Layer& layer, const LayerInputs& in) {
     rows.assign(b.const_data_ptr<int64_t>(), b.const_data_ptr<int64_t>() + steps);
   } else if (in.lengths) {
     const at::Tensor l = in.lengths->to(at::kCPU).contiguous();
+    check_lengths(layer, l);
     const int64_t* length = l.const_data_ptr<int64_t>();
-    for (int64_t b = 0; b < batch; ++b) {
-      TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= steps, "lengths: expected values in 0..",
-                        steps, ", got ", length[b], " at row ", b);
-    }
     order.resize(batch);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),

@@ -63,7 +63,22 @@ struct Layer {
     return params[direction * params_per_direction + index];
   }
   std::vector<int64_t> y_shape() const;
+  // Values of one direction in a row of the saved gates, whose blocks are hidden_padded apart.
+  int64_t saved_width() const;
 };
+
+// Checks the values of lengths (B) that lie on the CPU: 0..T.
+void check_lengths(const Layer& layer, const at::Tensor& lengths);
+
+// What the forward op left behind, and the gradients that came in.
+struct BackwardInputs {
+  const LayerInputs& layer;
+  const OptionalTensor &dy, &dh_n, &dc_n;
+  const at::Tensor &y, &gates, &cells;
+};
+
+// Checks their shapes, dtypes and devices, and the mask of what is wanted, as Layer does.
+void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask);
 
 // Where each row of each step lies, see Schedule; and the resets per direction in packed order.
 struct ScheduleStorage {

@@ -12,6 +12,10 @@
 #include "layer.h"
 #include "stream_py.h"
 
+// setup.py defines FUSEDRNN_CUDA as the version of CUDA where the CUDA half is built.
+#define FUSEDRNN_TEXT_OF(x) #x
+#define FUSEDRNN_TEXT(x) FUSEDRNN_TEXT_OF(x)
+
 namespace fusedrnn {
 namespace {
 
@@ -29,9 +33,22 @@ pybind11::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
   info["openmp"] = std::to_string(_OPENMP);
+#ifdef FUSEDRNN_CUDA
+  info["cuda"] = FUSEDRNN_TEXT(FUSEDRNN_CUDA);
+#else
   info["cuda"] = "no";
+#endif
   return info;
 }
+
+#ifndef FUSEDRNN_CUDA
+void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, op.schema().name(),
+      ": got CUDA tensors, but this fusedrnn was built without its CUDA "
+      "half: use CPU tensors, or build it where nvcc is with FUSEDRNN_CUDA=1");
+}
+#endif
 
 }  // namespace
 
@@ -68,6 +85,14 @@ TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }
+
+#ifndef FUSEDRNN_CUDA
+TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
+  for (const char* op : {"layer_forward", "layer_backward"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  }
+}
+#endif
 
 }  // namespace fusedrnn
 

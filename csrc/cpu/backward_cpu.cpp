@@ -11,13 +11,6 @@ namespace {
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
-// What the forward op left behind, and the gradients that came in.
-struct BackwardInputs {
-  const LayerInputs& layer;
-  const OptionalTensor &dy, &dh_n, &dc_n;
-  const at::Tensor &y, &gates, &cells;
-};
-
 // Results in the arithmetic's type; undefined: not wanted.
 struct GradientTensors {
   at::Tensor dx, dh0, dc0;
@@ -227,36 +220,6 @@ class BackwardRun {
   E *next_[2] = {}, *h0_[2] = {}, *widened_[2] = {};
   S *c0_[2] = {}, *dh_n_[2] = {};
 };
-
-void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask) {
-  const auto shaped = [&](const char* name, const OptionalTensor& t, at::IntArrayRef shape) {
-    if (!t) return;
-    TORCH_CHECK_VALUE(t->sizes() == shape, name, ": expected shape ", shape, ", got ", t->sizes());
-    TORCH_CHECK_TYPE(t->scalar_type() == layer.dtype, name, ": expected dtype ", layer.dtype,
-                     ", got ", t->scalar_type());
-  };
-  const int64_t d = layer.directions;
-  const int64_t units = layer.sizes.hidden_padded();
-  shaped("dy", in.dy, layer.y_shape());
-  shaped("y", in.y, layer.y_shape());
-  shaped("dh_n", in.dh_n, {d, layer.batch, layer.sizes.output});
-  if (has_cell_state(layer.cell)) {
-    shaped("dc_n", in.dc_n, {d, layer.batch, layer.sizes.hidden});
-    TORCH_CHECK_VALUE(in.cells.sizes() == at::IntArrayRef({layer.rows, d, units}),
-                      "cells: expected shape [", layer.rows, ", ", d, ", ", units, "], got ",
-                      in.cells.sizes(), " (was forward called with save=True?)");
-  }
-  if (saved_blocks(layer.cell) > 1) {
-    const int64_t width = saved_width(layer);
-    TORCH_CHECK_VALUE(in.gates.sizes() == at::IntArrayRef({layer.rows, d, width}),
-                      "gates: expected shape [", layer.rows, ", ", d, ", ", width, "], got ",
-                      in.gates.sizes(), " (was forward called with save=True?)");
-  }
-  TORCH_CHECK_VALUE(mask.size() == in.layer.params.size() + 3, "output_mask: expected ",
-                    in.layer.params.size() + 3, " values, got ", mask.size());
-  TORCH_CHECK_VALUE(!mask[1] || in.layer.h0, "output_mask[1]: h0 is absent and has no gradient");
-  TORCH_CHECK_VALUE(!mask[2] || in.layer.c0, "output_mask[2]: c0 is absent and has no gradient");
-}
 
 Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
                          const OptionalTensor& dh_n, const OptionalTensor& dc_n,

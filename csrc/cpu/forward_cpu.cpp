@@ -30,7 +30,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   const bool direct = gates.scalar_type() == kDtype<S>;
   const int64_t hidden = sizes.hidden_padded(), output = sizes.output_padded();
   const int64_t gates_width = saved_blocks(layer.cell) * hidden;
-  const int64_t saved = saved_width(layer), stride = row_stride<S>(gates_width);
+  const int64_t saved = layer.saved_width(), stride = row_stride<S>(gates_width);
   const int64_t input_gates = gate_blocks(layer.cell) * whole_panels(hidden);
   const Workload work = workload_of(layer, schedule, 1);
   const std::vector<int64_t> bounds = chunk_bounds(schedule, work);
@@ -186,13 +186,13 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   };
   const at::Tensor c_n = empty_where(lstm, {directions, layer.batch, sizes.hidden}, exact);
   const at::Tensor gates =
-      empty_where(save_gates, {layer.rows, directions, saved_width(layer)}, x.options());
+      empty_where(save_gates, {layer.rows, directions, layer.saved_width()}, x.options());
   const at::Tensor cells =
       empty_where(save_cells, {layer.rows, directions, sizes.hidden_padded()}, exact);
   // What no step reaches: the same call gives the same tensors.
   const int64_t gates_width = 4 * sizes.hidden_padded();
-  if (save_gates && saved_width(layer) > gates_width) {
-    gates.narrow(2, gates_width, saved_width(layer) - gates_width).zero_();
+  if (save_gates && layer.saved_width() > gates_width) {
+    gates.narrow(2, gates_width, layer.saved_width() - gates_width).zero_();
   }
   if (storage.padded) {
     const int64_t valid = storage.view.row0[storage.view.steps];

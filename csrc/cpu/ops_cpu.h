@@ -38,19 +38,6 @@ void with_types(const Layer& layer, F f) {
   }
 }
 
-// Of a row of the saved gates, which are kept in the layer's dtype.
-inline int64_t saved_width(const Layer& layer) {
-  const int64_t width = saved_blocks(layer.cell) * layer.sizes.hidden_padded();
-  switch (c10::elementSize(layer.dtype)) {
-    case 8:
-      return row_stride<double>(width);
-    case 4:
-      return row_stride<float>(width);
-    default:
-      return row_stride<uint16_t>(width);
-  }
-}
-
 // Words of k values kept as E.
 template <class E>
 constexpr int64_t words_of(int64_t k) {

@@ -1,0 +1,131 @@
+// The layer ops as a CUDA device runs them: allocation, the time loop, the products.
+//
+// The driver asks a device for a stream, for products and for the kernels, and for nothing else. So
+// it is the same program on a GPU (ops_cuda.cpp) and where the kernels are emulated on the host
+// (tests/cuda_emulated).
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "layer.h"
+
+namespace fusedrnn {
+
+// ---- what a device gives ------------------------------------------------------------------------
+
+// The stream that the calling thread's work goes to.
+Stream current_stream();
+
+// out = a b, for matrices of one dtype; out has that dtype, or it is float32 where that one is half
+// precision. Sums are float32 or wider, and rounded once.
+void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
+
+// The most memory for what a part of time is projected to, or its gradients: enough rows for the
+// device's products, and no more for a longer sequence.
+int64_t part_bytes();
+
+// ---- the ops ------------------------------------------------------------------------------------
+
+struct ForwardResult {
+  at::Tensor y, h_n, c_n, gates, cells;
+};
+// All tensors are on one device but batch_sizes; lengths stand for the nearest in 0..T.
+ForwardResult forward_on_device(const Layer& layer, const LayerInputs& in, bool save);
+
+struct BackwardResult {
+  at::Tensor dx, dh0, dc0;  // (0) where not wanted
+  std::vector<at::Tensor> dparams;
+};
+BackwardResult backward_on_device(const Layer& layer, const BackwardInputs& in,
+                                  const c10::List<bool>& wanted);
+
+// ---- pieces that both share ---------------------------------------------------------------------
+
+// Calls f<E>() for what the layer's values are kept as.
+template <class F>
+void with_storage(const Layer& layer, F f) {
+  switch (layer.dtype) {
+    case at::kDouble:
+      return f.template operator()<double>();
+    case at::kBFloat16:
+      return f.template operator()<BFloat16>();
+    case at::kHalf:
+      return f.template operator()<Half>();
+    default:
+      return f.template operator()<float>();
+  }
+}
+
+// The tensor's memory, `at` values in, as a type of storage.h; null for what is undefined.
+template <class T>
+T* values_of(const at::Tensor& t, int64_t at = 0) {
+  return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) + at : nullptr;
+}
+template <class T>
+const T* const_values_of(const at::Tensor& t, int64_t at = 0) {
+  return t.defined() ? static_cast<const T*>(t.const_data_ptr()) + at : nullptr;
+}
+
+// Contiguous, or undefined where absent.
+inline at::Tensor dense(const OptionalTensor& t) { return t ? t->contiguous() : at::Tensor(); }
+
+// Steps [begin, end) in time whatever the direction.
+struct Steps {
+  int64_t begin, end;
+};
+
+// The order of steps, and which rows each of them has. Steps that no row has are left out.
+class Walk {
+ public:
+  Walk(const Layer& layer, const LayerInputs& in);
+
+  int64_t steps() const { return steps_; }
+  int64_t rows(int64_t t) const { return row_[t + 1] - row_[t]; }
+  int64_t row(int64_t t) const { return row_[t]; }  // of x, that batch row 0 has at step t
+  int64_t rows(Steps part) const { return row_[part.end] - row_[part.begin]; }
+  const int64_t* lengths() const { return const_values_of<int64_t>(lengths_); }
+
+  Step step(int64_t t, bool reverse) const;
+  // The first that a direction walks.
+  Step first_step(bool reverse) const { return step(reverse ? steps_ - 1 : 0, reverse); }
+
+  // Parts of so many rows at most (or of one step), in the order in which they are walked:
+  // backwards for one of the reverse direction and back-propagation, forwards for both.
+  std::vector<Steps> parts(int64_t most_rows, bool backwards) const;
+  int64_t most_rows(const std::vector<Steps>& parts) const;
+
+ private:
+  int64_t steps_;
+  int64_t batch_;
+  std::vector<int64_t> row_;  // (steps + 1)
+  at::Tensor lengths_, reset_;
+};
+
+// How many rows of so many bytes are worked on at a time in the products that are parallel over
+// time.
+inline int64_t rows_of_part(int64_t bytes) { return std::max<int64_t>(1, part_bytes() / bytes); }
+
+// While one lives, products follow cuDNN's switch for TF32 in recurrent layers, as torch.nn's
+// layers do, in place of cuBLAS's.
+//
+// The switch off is a matter of this thread. The switch on is one of the process: a product that
+// another thread starts meanwhile may use TF32 as well.
+class RecurrentPrecision {
+ public:
+  explicit RecurrentPrecision(const Layer& layer);
+  ~RecurrentPrecision();
+  RecurrentPrecision(const RecurrentPrecision&) = delete;
+  RecurrentPrecision& operator=(const RecurrentPrecision&) = delete;
+
+ private:
+  std::optional<at::NoTF32Guard> off_;
+  std::optional<at::Float32Precision> before_;  // cuBLAS's, where it was switched on
+};
+
+}  // namespace fusedrnn

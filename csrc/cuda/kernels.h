@@ -1,0 +1,29 @@
+// The kernels, as a program that is no CUDA compiler's calls them: one function each, which puts
+// the kernel on a stream.
+//
+// Defined in kernels_inl.cuh for whoever compiles that file: nvcc for a GPU (kernels_*.cu, a type
+// each, so that they compile side by side), or a plain compiler, and then the threads of every
+// block run on the host before the call returns (tests/cuda_emulated).
+#pragma once
+
+#include "cuda/steps.h"
+
+struct CUstream_st;
+
+namespace fusedrnn {
+
+using Stream = CUstream_st*;  // cudaStream_t, without CUDA's headers
+
+// Throw std::runtime_error where a launch fails. Rows and units may be zero.
+template <class E>
+struct Kernels {
+  static void initial_state(const InitialState<E>& p, int64_t batch, Stream stream);
+  static void forward(Cell cell, const ForwardStep<E>& p, Stream stream);
+  static void project(const ProjectedStep<E>& p, Stream stream);
+  static void backward(Cell cell, const BackwardStep<E>& p, Stream stream);
+  static void project_backward(const ProjectedBackwardStep<E>& p, Stream stream);
+  static void initial_gradient(const InitialGradient<E>& p, int64_t batch, Stream stream);
+  static void valid_rows(const ValidRows<E>& p, int64_t rows, Stream stream);
+};
+
+}  // namespace fusedrnn

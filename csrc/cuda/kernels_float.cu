@@ -1,0 +1,3 @@
+#include "cuda/kernels_inl.cuh"
+
+template struct fusedrnn::Kernels<float>;

@@ -1,0 +1,70 @@
+// Kernels<E> from the bodies and the launcher.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "cuda/backward.cuh"
+#include "cuda/forward.cuh"
+#include "cuda/launch.cuh"
+
+namespace fusedrnn {
+
+template <template <Cell, class> class Body, class E, class Params>
+void launch_cell(Cell cell, const Params& p, int64_t rows, Stream stream) {
+  const auto run = [&](const auto& body) { launch(body, rows, p.hidden, stream); };
+  switch (cell) {
+    case Cell::kLstm:
+      return run(Body<Cell::kLstm, E>{p});
+    case Cell::kGru:
+      return run(Body<Cell::kGru, E>{p});
+    case Cell::kRnnTanh:
+      return run(Body<Cell::kRnnTanh, E>{p});
+    case Cell::kRnnRelu:
+      return run(Body<Cell::kRnnRelu, E>{p});
+  }
+}
+
+template <class E>
+void Kernels<E>::initial_state(const InitialState<E>& p, int64_t batch, Stream stream) {
+  launch(FUSEDRNN_ISA::InitialStateBody<E>{p}, batch, p.width, stream);
+}
+
+template <class E>
+void Kernels<E>::forward(Cell cell, const ForwardStep<E>& p, Stream stream) {
+  launch_cell<FUSEDRNN_ISA::ForwardBody, E>(cell, p, p.step.rows, stream);
+}
+
+template <class E>
+void Kernels<E>::project(const ProjectedStep<E>& p, Stream stream) {
+  launch(FUSEDRNN_ISA::ProjectedBody<E>{p}, p.step.rows, p.output, stream);
+}
+
+// Rows of a packed input may have had their step after, and not this one: their gradient is handed
+// on.
+template <class E>
+int64_t rows_of(const Step& step, const CarriedGradient<E>& carry) {
+  return std::max(step.rows, carry.product_rows);
+}
+
+template <class E>
+void Kernels<E>::backward(Cell cell, const BackwardStep<E>& p, Stream stream) {
+  launch_cell<FUSEDRNN_ISA::BackwardBody, E>(cell, p, rows_of(p.step, p.carry), stream);
+}
+
+template <class E>
+void Kernels<E>::project_backward(const ProjectedBackwardStep<E>& p, Stream stream) {
+  launch(FUSEDRNN_ISA::ProjectedBackwardBody<E>{p}, rows_of(p.step, p.carry), p.output, stream);
+}
+
+template <class E>
+void Kernels<E>::initial_gradient(const InitialGradient<E>& p, int64_t batch, Stream stream) {
+  launch(FUSEDRNN_ISA::InitialGradientBody<E>{p}, batch, p.width, stream);
+}
+
+template <class E>
+void Kernels<E>::valid_rows(const ValidRows<E>& p, int64_t rows, Stream stream) {
+  launch(FUSEDRNN_ISA::ValidRowsBody<E>{p}, rows, p.width, stream);
+}
+
+}  // namespace fusedrnn

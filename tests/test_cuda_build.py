@@ -1,0 +1,63 @@
+"""CUDA tensors where no GPU is: shapes without data, and the words of a build without CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import fusedrnn
+import oracle
+from fusedrnn import _C
+
+T, B, INPUT, HIDDEN = 4, 3, 5, 6
+built = _C.build_info()["cuda"] != "no"
+
+
+def test_build_info_tells_the_truth() -> None:
+    """The version of CUDA where the extension is linked with torch's CUDA library, else "no"."""
+    assert (b"libc10_cuda.so" in Path(_C.__file__).read_bytes()) == built
+    assert _C.build_info()["cuda"] == (torch.version.cuda if built else "no")
+
+
+@pytest.mark.skipif(built, reason="fusedrnn was built with its CUDA half")
+@pytest.mark.parametrize("mode", oracle.MODES)
+def test_a_build_without_cuda_says_so(mode: str) -> None:
+    params = [p.float() for p in oracle.module_params(mode, INPUT, HIDDEN)]
+    x, none = torch.randn(T, B, INPUT), None
+    forward = (mode, x, none, none, none, none, none, params, True, False, True)
+    y, _, _, gates, cells = torch.ops.fusedrnn.layer_forward(*forward)
+    backward = (mode, y, none, none, *forward[1:8], y, gates, cells, True, False, [True] * 7)
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for name, arguments in (("layer_forward", forward), ("layer_backward", backward)):
+        op = getattr(torch.ops.fusedrnn, name).default
+        with pytest.raises(NotImplementedError, match=f"{name}: .* without its CUDA half.*nvcc"):
+            op.redispatch(cuda, *arguments)
+
+
+@pytest.mark.parametrize("cell", oracle.CELLS)
+def test_shapes_on_a_gpu(cell: str) -> None:
+    """Every check in Python lets CUDA tensors through, and reads none of their values."""
+    mode = FakeTensorMode()
+
+    def fake(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        meta = torch.empty(shape, dtype=dtype, device="meta")
+        return FakeTensor(mode, meta, torch.device("cuda:0"))
+
+    shapes = [p.shape for p in getattr(torch.nn, cell)(INPUT, HIDDEN, 2).parameters()]
+    function = getattr(fusedrnn.functional, cell.lower())
+    with mode, torch.no_grad():
+        params = [fake(*shape) for shape in shapes]
+        x, h = fake(T, B, INPUT), fake(2, B, HIDDEN)
+        lengths, reset = fake(B, dtype=torch.int64), fake(T, B, dtype=torch.bool)
+        hx = (h, h) if cell == "LSTM" else h
+        for given in ({}, {"lengths": lengths}, {"lengths": torch.tensor([1, 2, 0])}):
+            y, state = function(x, hx, params, num_layers=2, reset=reset, **given)
+            found = oracle.tensors([y, state])
+            assert {t.device for t in found} == {torch.device("cuda:0")}
+            assert y.shape == (T, B, HIDDEN)
+        with pytest.raises(ValueError, match="reset must be on input's device cuda:0, got cpu"):
+            function(x, hx, params, num_layers=2, reset=torch.ones(T, B).bool())
