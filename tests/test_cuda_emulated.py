@@ -82,7 +82,7 @@ def test_in_parts_of_time(ops: Any, mode: str, form: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("mode", cuda_cases.MODES)
-@pytest.mark.parametrize(("batch", "hidden_size"), [(1, 131), (2, 65), (9, 48), (33, 1)])
+@pytest.mark.parametrize(("batch", "hidden_size"), [(1, 131), (3, 128), (2, 65), (9, 48), (33, 1)])
 def test_sizes_beyond_a_block(ops: Any, mode: str, batch: int, hidden_size: int) -> None:
     """Several blocks along rows and units, and a last one that is partly empty."""
     if "projected" in mode and hidden_size <= cuda_cases.PROJ:
@@ -93,12 +93,13 @@ def test_sizes_beyond_a_block(ops: Any, mode: str, batch: int, hidden_size: int)
     cuda_cases.check(ops, call)
 
 
+@pytest.mark.parametrize("hidden_size", [cuda_cases.HIDDEN, 256], ids="H={}".format)
 @pytest.mark.parametrize("form", cuda_cases.FORMS)
 @pytest.mark.parametrize("mode", cuda_cases.MODES)
-def test_shapes_are_the_cpus(ops: Any, mode: str, form: str) -> None:
+def test_shapes_are_the_cpus(ops: Any, mode: str, form: str, hidden_size: int) -> None:
     """So fake kernels, which know no device, are true for both."""
     for dtype in (torch.bfloat16, torch.float64):
-        call = cuda_cases.Call(mode, dtype, **cuda_cases.FORMS[form])
+        call = cuda_cases.Call(mode, dtype, hidden_size=hidden_size, **cuda_cases.FORMS[form])
         for save in (False, True):
             arguments = call.arguments()
             ours = ops.layer_forward(**arguments, save=save)
