@@ -6,6 +6,7 @@ import copy
 import pickle
 import resource
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -218,6 +219,22 @@ def test_long_runs_in_pieces() -> None:
     with torch.no_grad():
         expected = module(x)[0]
     torch.testing.assert_close(Stream(module, batch_size=3).run(x), expected, rtol=0, atol=1e-5)
+
+
+def test_a_step_wakes_no_other_thread() -> None:
+    threads = torch.get_num_threads()
+    stream, x = Stream(fusedrnn.LSTM(512, 512)), torch.randn(512)
+    torch.set_num_threads(2)
+    try:
+        stream.step(x)
+        time.sleep(0.1)  # until nobody spins any more
+        own, everyone = time.thread_time(), time.process_time()
+        for _ in range(300):
+            stream.step(x)
+        own, everyone = time.thread_time() - own, time.process_time() - everyone
+    finally:
+        torch.set_num_threads(threads)
+    assert everyone < 1.3 * own
 
 
 def test_another_thread_is_refused() -> None:
