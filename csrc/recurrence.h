@@ -200,11 +200,11 @@ struct BackwardDirection {
   E* dgates;              // packed rows of the chunk, (., dgates_stride): scratch
   int64_t dgates_stride;  // >= saved_blocks * Hp
   const E* dgates_next;   // (B, dgates_stride): dgates of the step walked just before this chunk;
-                         // null at the first chunk
-  S* carry;          // (B, Hp): LSTM dc, GRU dh z; holds dc_n (LSTM) or zeros at first
-  E* dh;             // packed rows of the chunk, (., Pp): dh before a projection; or null
-  E* h_tilde;        // packed rows of the chunk, (., Hp); or null
-  S *dh0, *dc0;      // (B, P), (B, H), caller's rows; or null: not wanted
+                          // null at the first chunk
+  S* carry;               // (B, Hp): LSTM dc, GRU dh z; holds dc_n (LSTM) or zeros at first
+  E* dh;                  // packed rows of the chunk, (., Pp): dh before a projection; or null
+  E* h_tilde;             // packed rows of the chunk, (., Hp); or null
+  S *dh0, *dc0;           // (B, P), (B, H), caller's rows; or null: not wanted
   S *dw_ih, *dw_hh;  // like the weights: written at the first chunk, added to at the others; or
   S *db_ih, *db_hh, *dw_hr;  // null: not wanted
   const uint8_t* reset;
