@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from . import cases, limits, peers
-from .shapes import CELLS, SHAPES, Shape
+from .shapes import CELLS, SHAPES, Shape, shapes
 from .timing import Call
 
 BEST = "the quickest peer"  # shape by shape
@@ -34,10 +34,6 @@ class Mode:
     calls: Callable[..., dict[str, Call]]  # (cell, shape), and (peers, threads) where it says so
     goals: dict[str, tuple[Goal, ...]]  # by cell: the cells that take part
     with_peers: bool = False  # other runtimes than torch take part
-
-
-def shapes(*texts: str) -> tuple[Shape, ...]:
-    return tuple(Shape.parse(text) for text in texts)
 
 
 ONE_STEP = shapes(*(f"{b},1,{h},{h}" for b in (1, 8, 64) for h in (64, 256, 512)), "3,1,100,200")

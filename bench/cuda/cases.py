@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from bench.shapes import SHAPES, Shape
+from bench.shapes import SHAPES, Shape, shapes
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("forward", "graph", "training")  # inference, the same by a CUDA graph, with backward
@@ -37,10 +37,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.cell} {self.layers}, {self.shape}, {self.dtype}, {self.mode}"
-
-
-def shapes(*texts: str) -> tuple[Shape, ...]:
-    return tuple(Shape.parse(text) for text in texts)
 
 
 # Published elsewhere, or on either side of a size where cuDNN changes its algorithm.

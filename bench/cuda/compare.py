@@ -11,7 +11,6 @@ no GPU, or fusedrnn was built without its CUDA half. float32 is float32, not TF3
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 
 import fusedrnn
+from bench.peers import FUSED, TORCH
+from bench.report import geometric_mean
 from fusedrnn._ops import _C
 
 from . import program
@@ -28,7 +29,6 @@ from .cudnn_table import Call, make_call, three_digits
 from .small_run import far
 from .timing import Clock, Events, in_turns
 
-TORCH, FUSED = "torch.nn", "fusedrnn"
 # Of the largest value; sums of many steps in half precision differ by some roundings.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 6e-2, "float16": 1e-2}
 
@@ -79,10 +79,6 @@ def measured(case: Case, clock: Clock, device: str, bound: float) -> Row:
 
 
 # ---- the table ----------------------------------------------------------------------------------
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(math.log(v) for v in values))
 
 
 def summary(rows: list[Row]) -> list[str]:
