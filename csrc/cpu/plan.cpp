@@ -39,6 +39,13 @@ bool is_one_step(const Workload& work) { return work.pairs <= work.batch; }
 
 }  // namespace
 
+double multiplications(const Workload& work) {
+  const Sizes& s = work.sizes;
+  const double weights =
+      static_cast<double>(gate_blocks(work.cell)) * s.hidden * (s.input + s.output);
+  return weights * work.pairs * work.directions * work.products;
+}
+
 bool worth_packing(const Workload& work) {
   if (is_one_step(work)) return work.pairs >= kWorthPackingOneStep;
   const bool long_rows = std::min(work.sizes.input, work.sizes.output) >= kLongRows;
@@ -55,11 +62,7 @@ Plan plan_team(const Workload& work, int threads) {
   threads = std::min(threads, kMaxThreads);
   const Sizes& s = work.sizes;
   const double recurrent = static_cast<double>(gate_blocks(work.cell)) * s.hidden * s.output;
-  const double weights =
-      recurrent + static_cast<double>(gate_blocks(work.cell)) * s.hidden * s.input;
-  if (threads <= 1 || weights * work.pairs * work.directions * work.products < kWorthATeam) {
-    return plan;
-  }
+  if (threads <= 1 || multiplications(work) < kWorthATeam) return plan;
   if (work.directions == 2 && threads % 2 == 0) plan.directions = 2;
   const int each = threads / plan.directions;
   const int64_t bytes = static_cast<int64_t>(recurrent) * work.weight_size;

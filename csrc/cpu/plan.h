@@ -21,6 +21,9 @@ struct Workload {
   int products;         // per weight, step and row: 1 forward, 3 with backward
 };
 
+// Of the whole call.
+double multiplications(const Workload& work);
+
 // Whether a forward call is long enough to pay for packing its weights.
 bool worth_packing(const Workload& work);
 

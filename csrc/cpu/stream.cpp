@@ -167,7 +167,7 @@ struct Frozen {
 // Steps come one by one, with pauses: the other threads are asleep by then, and it takes
 // milliseconds until one runs that the system wakes on a busy core. Below so many multiplications
 // the calling thread is done before.
-constexpr int64_t kWorthWaking = int64_t{32} << 20;
+constexpr double kWorthWaking = 32 << 20;
 
 template <class W>
 class Layer final : public FrozenLayer {
@@ -211,7 +211,7 @@ class Layer final : public FrozenLayer {
     const Workload work = {
         cell, sizes, 1, batch_, steps * batch_, sizeof(float), frozen_->value_size, 1};
     const auto plan = [&](int given) { return plan_team(work, given); };
-    if (steps == 1 && multiplications() < kWorthWaking) threads = 1;
+    if (steps == 1 && multiplications(work) < kWorthWaking) threads = 1;
     if constexpr (!std::is_same_v<W, float>) make_words(plan(threads).threads());
     run_team(threads, 1, plan, [&](const Slot& slot) { frozen_->kernels.forward(args_, slot); });
     d.turn ^= steps & 1;
@@ -245,11 +245,6 @@ class Layer final : public FrozenLayer {
 
  private:
   int64_t zero_count() const { return std::max(4 * sizes.hidden_padded(), sizes.output_padded()); }
-
-  // Of a step.
-  int64_t multiplications() const {
-    return batch_ * gate_blocks(cell) * sizes.hidden * (sizes.input + sizes.output);
-  }
 
   void copy_rows(float* to, int64_t to_stride, const float* from, int64_t from_stride,
                  int64_t columns) const {
