@@ -285,7 +285,12 @@ def test_autocast(name: str, form: str, dtype: torch.dtype, with_hx: torch.dtype
         assert refusal[0] in (RuntimeError, ValueError)
         return
     expected, found = autocast_call(theirs, *options), autocast_call(ours, *options)
-    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    dtypes = [t.dtype for t in expected]
+    if (name, form) == ("LSTM", "dense") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        # Where oneDNN knows no bfloat16, torch.nn composes this one too, and its results take the
+        # state's dtype. Ours are the same on every machine.
+        dtypes = [torch.bfloat16] * len(expected)
+    assert [t.dtype for t in found] == dtypes
     for mine, other in zip(found, expected, strict=True):
         assert (mine.double() - other.double()).abs().max() <= 2**-6  # bfloat16 keeps 8 bits
     sum(t.sum() for t in found).backward()
