@@ -22,6 +22,7 @@ import oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 CXX = shutil.which("g++")
+FIBERS = Path("/usr/include/boost/context/fiber.hpp")
 SOURCE = ROOT / "tests" / "cuda_emulated" / "emulated.cpp"
 WHOLE = 64 << 20  # bytes of a part of time, as on a GPU
 
@@ -31,16 +32,18 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The emulated operators, compiled once for each state of the sources."""
     if CXX is None:
         pytest.skip("needs g++")
+    if not FIBERS.exists():
+        pytest.skip("needs Boost.Context, Debian's package libboost-context-dev")
     torch_dir = Path(torch.__file__).parent
     include = torch_dir / "include"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    flags += ["-Werror", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
+    flags += ["-Werror", "-Wno-psabi", f"-I{ROOT / 'csrc'}", f"-I{SOURCE.parent}"]
     flags += [f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    flags += [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    flags += [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-lboost_context"]
     state = hashlib.sha256(repr([CXX, torch.__version__, flags]).encode())
     headers = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.is_file()]
-    for path in [SOURCE, *(p for p in headers if "cpu" not in p.parts)]:
+    for path in [*SOURCE.parent.iterdir(), *(p for p in headers if "cpu" not in p.parts)]:
         state.update(path.read_bytes())
     library = ROOT / "build" / f"cuda_emulated-{state.hexdigest()[:16]}.so"
     if not library.exists():

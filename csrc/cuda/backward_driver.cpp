@@ -1,5 +1,6 @@
 // The backward op on a device.
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "cuda/driver.h"
@@ -50,7 +51,8 @@ class BackwardRun {
         blocks_(gradient_blocks(layer.cell)),
         in_(in),
         out_(out),
-        walk_(layer, in.layer),
+        strategy_(strategy_of(layer)),
+        walk_(layer, in.layer, most_steps(strategy_)),
         stream_(current_stream()),
         x_(in.layer.x.contiguous().reshape({layer.rows, layer.sizes.input})),
         h0_(dense(in.layer.h0)),
@@ -70,7 +72,7 @@ class BackwardRun {
     part_rows_ = most;
     dgates_ = at::empty({rows, width_}, kept);
     direct_ = at::empty({layer.batch, sizes_.output}, exact_);
-    product_ = at::empty({layer.batch, sizes_.output}, exact_);
+    if (strategy_ == Strategy::kPerStep) product_ = at::empty_like(direct_);
     if (has_cell_state(layer.cell)) dc_ = at::empty({layer.batch, sizes_.hidden}, exact_);
     if (sizes_.projected) {
       dh_ = at::empty({rows, sizes_.output}, kept);
@@ -90,7 +92,7 @@ class BackwardRun {
 
   void run(int d) {
     const bool reverse = d == 1;
-    const at::Tensor w_ih = param(d, 0), w_hh = hidden_order(param(d, 1));
+    const at::Tensor w_ih = param(d, 0), w_hh = recurrent_weight(d);
     const at::Tensor w_hr = sizes_.projected ? param(d, w_hr_index()) : at::Tensor();
     start(d);
     Sum dw_ih = sum_like(d, 0), dw_hh = sum_like(d, 1), dw_hr;
@@ -98,19 +100,7 @@ class BackwardRun {
     if (sizes_.projected) dw_hr = sum_like(d, w_hr_index());
     int64_t product_rows = 0;
     for (const Steps part : walk_.parts(part_rows_, !reverse)) {
-      {
-        const RecurrentPrecision precision(layer_);
-        for (int64_t i = part.begin; i < part.end; ++i) {
-          const int64_t t = reverse ? i : part.begin + part.end - 1 - i;
-          const int64_t at = walk_.row(t) - walk_.row(part.begin), n = walk_.rows(t);
-          const CarriedGradient<E> carry{values_of<S>(direct_), const_values_of<S>(product_),
-                                         product_rows};
-          if (sizes_.projected) project(d, t, at, carry, w_hr);
-          Kernels<E>::backward(layer_.cell, describe(d, t, at, carry), stream_);
-          multiply(product_.narrow(0, 0, n), hidden_side(dgates_.narrow(0, at, n)), w_hh);
-          product_rows = n;
-        }
-      }
+      product_rows = recur(d, part, w_hh, w_hr, product_rows);
       const int64_t rows = walk_.rows(part), row = walk_.row(part.begin);
       const at::Tensor dgates = dgates_.narrow(0, 0, rows);
       if (dx_.defined()) add_dx(d, row, input_side(dgates), w_ih);
@@ -183,60 +173,93 @@ class BackwardRun {
     if (dc_.defined()) fill(dc_, in_.dc_n);
   }
 
-  // Where this direction's columns of step t's rows begin in a tensor (rows, directions, width).
-  int64_t place(int d, int64_t t, int64_t width) const {
-    return (walk_.row(t) * layer_.directions + d) * width;
-  }
-  // Of the step before t, 0 where there is none: then nothing is read.
-  int64_t place_before(int d, int64_t t, int64_t width) const {
-    const int64_t before = d == 1 ? t + 1 : t - 1;
-    return before < 0 || before >= walk_.steps() ? 0 : place(d, before, width);
+  // As the kernels of the strategy want it: its gates in the order of the hidden side.
+  at::Tensor recurrent_weight(int d) const {
+    const at::Tensor w_hh = hidden_order(param(d, 1));
+    return strategy_ == Strategy::kOneCta ? w_hh.t().contiguous() : w_hh;
   }
 
-  BackwardStep<E> describe(int d, int64_t t, int64_t at, const CarriedGradient<E>& carry) const {
-    const int64_t units = sizes_.hidden_padded(), output = sizes_.output, hidden = sizes_.hidden;
-    BackwardStep<E> p{};
-    p.step = walk_.step(t, d == 1);
-    p.hidden = hidden;
-    p.hidden_padded = units;
-    p.carry = carry;
-    p.y_stride = layer_.directions * output;
-    p.gates_stride = layer_.directions * layer_.saved_width();
-    p.cells_stride = layer_.directions * units;
-    p.dgates = values_of<E>(dgates_, at * width_);
-    p.gates = const_values_of<E>(gates_, place(d, t, layer_.saved_width()));
-    if (has_cell_state(layer_.cell)) {
+  // Takes how many rows product_ has; gives how many it has after the part.
+  int64_t recur(int d, Steps part, const at::Tensor& w_hh, const at::Tensor& w_hr,
+                int64_t product_rows) const {
+    if constexpr (!std::is_same_v<E, double>) {
+      if (strategy_ == Strategy::kOneCta) {
+        in_one_cta(d, part, w_hh);
+        return 0;
+      }
+    }
+    return step_by_step(d, part, w_hh, w_hr, product_rows);
+  }
+
+  int64_t step_by_step(int d, Steps part, const at::Tensor& w_hh, const at::Tensor& w_hr,
+                       int64_t product_rows) const {
+    const RecurrentPrecision precision(layer_);
+    const ForwardSaved<E> from = saved(d);
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      const int64_t t = d == 1 ? i : part.begin + part.end - 1 - i;
+      const int64_t at = walk_.row(t) - walk_.row(part.begin), rows = walk_.rows(t);
+      BackwardStep<E> p{};
+      p.step = walk_.step(t, d == 1);
+      p.hidden = sizes_.hidden;
+      p.carry = {values_of<S>(direct_), const_values_of<S>(product_), product_rows};
       p.dc = values_of<S>(dc_);
-      p.cells = const_values_of<S>(cells_, place(d, t, units));
-      p.cells_before = const_values_of<S>(cells_, place_before(d, t, units));
-      p.c0 = const_values_of<E>(c0_, d * layer_.batch * hidden);
+      p.saved = from;
+      p.dgates = values_of<E>(dgates_, at * width_);
+      if (sizes_.projected) {
+        project(d, p.step, at, p.carry, w_hr);
+        p.dh_hidden = const_values_of<S>(dh_hidden_);
+        p.h_tilde = values_of<E>(h_tilde_, at * sizes_.hidden);
+      } else {
+        p.previous = values_of<E>(previous_, at * sizes_.output);
+      }
+      Kernels<E>::backward(layer_.cell, p, stream_);
+      multiply(product_.narrow(0, 0, rows), hidden_side(dgates_.narrow(0, at, rows)), w_hh);
+      product_rows = rows;
     }
-    if (sizes_.projected) {
-      p.dh_hidden = const_values_of<S>(dh_hidden_);
-      p.h_tilde = values_of<E>(h_tilde_, at * hidden);
-      return p;
-    }
-    p.dy = const_values_of<E>(dy_, place(d, t, output));
-    p.y = const_values_of<E>(y_, place(d, t, output));
-    p.y_before = const_values_of<E>(y_, place_before(d, t, output));
-    p.h0 = const_values_of<E>(h0_, d * layer_.batch * output);
-    p.previous = values_of<E>(previous_, at * output);
-    return p;
+    return product_rows;
   }
 
-  void project(int d, int64_t t, int64_t at, const CarriedGradient<E>& carry,
+  void in_one_cta(int d, Steps part, const at::Tensor& w_hh) const {
+    const OneCtaBackward<E> p{
+        walk_.part(part, d == 1), sizes_.hidden, const_values_of<E>(w_hh), values_of<S>(direct_),
+        values_of<S>(dc_),        saved(d),      values_of<E>(dgates_),    values_of<E>(previous_)};
+    OneCtaKernels<E>::backward(layer_.cell, p, stream_);
+  }
+
+  // A direction's columns.
+  ForwardSaved<E> saved(int d) const {
+    const int64_t units = sizes_.hidden_padded(), hidden = sizes_.hidden;
+    ForwardSaved<E> s{};
+    s.hidden = hidden;
+    s.y_stride = layer_.directions * sizes_.output;
+    s.gates_stride = layer_.directions * layer_.saved_width();
+    s.cells_stride = layer_.directions * units;
+    s.hidden_padded = units;
+    s.gates = const_values_of<E>(gates_, d * layer_.saved_width());
+    if (has_cell_state(layer_.cell)) {
+      s.cells = const_values_of<S>(cells_, d * units);
+      s.c0 = const_values_of<E>(c0_, d * layer_.batch * hidden);
+    }
+    if (!sizes_.projected) {
+      s.dy = const_values_of<E>(dy_, d * hidden);
+      s.y = const_values_of<E>(y_, d * hidden);
+      s.h0 = const_values_of<E>(h0_, d * layer_.batch * hidden);
+    }
+    return s;
+  }
+
+  void project(int d, const Step& step, int64_t at, const CarriedGradient<E>& carry,
                const at::Tensor& w_hr) const {
-    const int64_t output = sizes_.output, rows = walk_.rows(t);
-    ProjectedBackwardStep<E> p{};
-    p.step = walk_.step(t, d == 1);
-    p.output = output;
-    p.carry = carry;
-    p.dy = const_values_of<E>(dy_, place(d, t, output));
-    p.y_before = const_values_of<E>(y_, place_before(d, t, output));
-    p.h0 = const_values_of<E>(h0_, d * layer_.batch * output);
-    p.y_stride = layer_.directions * output;
-    p.dh = values_of<E>(dh_, at * output);
-    p.previous = values_of<E>(previous_, at * output);
+    const int64_t output = sizes_.output, rows = step.now.count;
+    const ProjectedBackwardStep<E> p{step,
+                                     output,
+                                     carry,
+                                     const_values_of<E>(dy_, d * output),
+                                     const_values_of<E>(y_, d * output),
+                                     const_values_of<E>(h0_, d * layer_.batch * output),
+                                     layer_.directions * output,
+                                     values_of<E>(dh_, at * output),
+                                     values_of<E>(previous_, at * output)};
     Kernels<E>::project_backward(p, stream_);
     multiply(dh_hidden_.narrow(0, 0, rows), dh_.narrow(0, at, rows), w_hr);
   }
@@ -283,6 +306,7 @@ class BackwardRun {
   const GradientBlocks blocks_;
   const BackwardInputs& in_;
   const BackwardResult& out_;
+  const Strategy strategy_;
   const Walk walk_;
   const Stream stream_;
   const at::Tensor x_, h0_, c0_, y_, dy_, gates_, cells_;

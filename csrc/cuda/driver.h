@@ -9,11 +9,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <vector>
 
 #include "cuda/kernels.h"
 #include "layer.h"
+#include "strategy.h"
 
 namespace fusedrnn {
 
@@ -83,15 +85,18 @@ struct Steps {
 // The order of steps, and which rows each of them has. Steps that no row has are left out.
 class Walk {
  public:
-  Walk(const Layer& layer, const LayerInputs& in);
+  // No part of time has more than `most_steps`.
+  Walk(const Layer& layer, const LayerInputs& in, int64_t most_steps);
 
   int64_t steps() const { return steps_; }
   int64_t rows(int64_t t) const { return row_[t + 1] - row_[t]; }
   int64_t row(int64_t t) const { return row_[t]; }  // of x, that batch row 0 has at step t
+  Rows rows_at(int64_t t) const { return {row(t), rows(t)}; }
   int64_t rows(Steps part) const { return row_[part.end] - row_[part.begin]; }
   const int64_t* lengths() const { return const_values_of<int64_t>(lengths_); }
 
   Step step(int64_t t, bool reverse) const;
+  PartOfWalk part(Steps steps, bool reverse) const;
   // The first that a direction walks.
   Step first_step(bool reverse) const { return step(reverse ? steps_ - 1 : 0, reverse); }
 
@@ -101,11 +106,19 @@ class Walk {
   int64_t most_rows(const std::vector<Steps>& parts) const;
 
  private:
+  Order order(bool reverse) const;
+
   int64_t steps_;
   int64_t batch_;
+  int64_t most_steps_;
   std::vector<int64_t> row_;  // (steps + 1)
   at::Tensor lengths_, reset_;
 };
+
+// The most steps of a part of time: a kernel for many steps gets their rows as parameters.
+inline int64_t most_steps(Strategy strategy) {
+  return strategy == Strategy::kOneCta ? kMostSteps : std::numeric_limits<int64_t>::max() / 2;
+}
 
 // How many rows of so many bytes are worked on at a time in the products that are parallel over
 // time.

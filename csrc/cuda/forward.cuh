@@ -23,6 +23,56 @@ struct InitialStateBody {
   }
 };
 
+// The state of one unit of one row as it leaves a step.
+template <class S>
+struct UnitState {
+  S h;
+  S state;  // LSTM c, GRU h; the step's input too
+};
+
+// Blocks of one row's saved gates.
+template <class E, class S>
+FUSEDRNN_HD void save(const ForwardResults<E>& to, int64_t row, int64_t unit,
+                      const S (&values)[4]) {
+  if (to.gates == nullptr) return;
+  E* gates = to.gates + row * to.gates_stride + unit;
+  for (int block = 0; block < 4; ++block) store(gates + block * to.hidden_padded, values[block]);
+}
+
+// One unit of one row at one step, whose row of the results is `row`. `input` and `hidden` are
+// W_ih x + b_ih and W_hh h + b_hh, gate by gate. All but y is put away.
+template <Cell kCell, class E, class S = Arithmetic<E>>
+FUSEDRNN_HD void forward_unit(const ForwardResults<E>& to, int64_t row, int64_t unit,
+                              const S (&input)[gate_blocks(kCell)],
+                              const S (&hidden)[gate_blocks(kCell)], UnitState<S>& s) {
+  if constexpr (kCell == Cell::kLstm) {
+    const LstmState<S> l = lstm_state<S>(
+        {input[0] + hidden[0], input[1] + hidden[1], input[2] + hidden[2], input[3] + hidden[3]},
+        s.state);
+    save(to, row, unit, {l.gates.i, l.gates.f, l.gates.g, l.gates.o});
+    if (to.cells != nullptr) to.cells[row * to.cells_stride + unit] = l.c;
+    s = {lstm_output(l.gates.o, l.c), l.c};
+  } else if constexpr (kCell == Cell::kGru) {
+    const GruGates<S> a =
+        gru_gates(input[0] + hidden[0], input[1] + hidden[1], input[2], hidden[2]);
+    const GruState<S> g = gru_state(a.a_n, a.z, s.state);
+    save(to, row, unit, {a.r, a.z, g.n, hidden[2]});
+    s = {g.h, g.h};
+  } else {
+    using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
+    s.h = Activation::forward(input[0] + hidden[0]);
+  }
+}
+
+// What a row without a step gives: the same at every call.
+template <class E>
+FUSEDRNN_HD void pad(const ForwardResults<E>& to, int64_t row, int64_t unit) {
+  using S = Arithmetic<E>;
+  if (to.y != nullptr) store(to.y + row * to.y_stride + unit, S(0));
+  save<E, S>(to, row, unit, {});
+  if (to.cells != nullptr) to.cells[row * to.cells_stride + unit] = S(0);
+}
+
 template <Cell kCell, class E>
 struct ForwardBody {
   using S = Arithmetic<E>;
@@ -30,74 +80,35 @@ struct ForwardBody {
   ForwardStep<E> p;
 
   FUSEDRNN_HD void operator()(int64_t row, int64_t unit) const {
+    const int64_t to = p.step.now.first + row;
     if (!p.step.has(row)) {
-      pad(row, unit);
+      pad(p.results, to, unit);
       return;
     }
+    S input[kGates], hidden[kGates];
+    for (int gate = 0; gate < kGates; ++gate) {
+      input[gate] = with_bias(p.input_gates, p.b_ih, row, unit, gate);
+      hidden[gate] = with_bias(p.hidden_gates, p.b_hh, row, unit, gate);
+    }
     const int64_t at = row * p.hidden + unit;
-    if constexpr (kCell == Cell::kLstm) {
-      const LstmState<S> s = lstm_state<S>(
-          {sum(row, unit, 0), sum(row, unit, 1), sum(row, unit, 2), sum(row, unit, 3)},
-          p.state[at]);
-      const S h = lstm_output(s.gates.o, s.c);
-      save(row, unit, s.gates.i, s.gates.f, s.gates.g, s.gates.o);
-      if (p.cells != nullptr) p.cells[row * p.cells_stride + unit] = s.c;
-      p.state[at] = p.step.is_cut_after(row) ? S(0) : s.c;
-      if (p.h_tilde != nullptr) {
-        store(p.h_tilde + at, h);
-      } else {
-        leave(row, unit, h);
-      }
-    } else if constexpr (kCell == Cell::kGru) {
-      const S h_n = hidden_side(row, unit, 2);
-      const GruGates<S> a =
-          gru_gates(sum(row, unit, 0), sum(row, unit, 1), input_side(row, unit, 2), h_n);
-      const GruState<S> s = gru_state(a.a_n, a.z, p.state[at]);
-      save(row, unit, a.r, a.z, s.n, h_n);
-      p.state[at] = p.step.is_cut_after(row) ? S(0) : s.h;
-      leave(row, unit, s.h);
+    UnitState<S> s = {S(0), p.state == nullptr ? S(0) : p.state[at]};
+    forward_unit<kCell>(p.results, to, unit, input, hidden, s);
+    const bool cut = p.step.is_cut_after(row);
+    if (p.state != nullptr) p.state[at] = cut ? S(0) : s.state;
+    if (p.h_tilde != nullptr) {
+      store(p.h_tilde + at, s.h);
     } else {
-      using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
-      leave(row, unit, Activation::forward(sum(row, unit, 0)));
+      store(p.results.y + to * p.results.y_stride + unit, s.h);
+      store(p.h + at, cut ? S(0) : s.h);
     }
   }
 
  private:
   FUSEDRNN_HD S with_bias(const S* gates, const E* bias, int64_t row, int64_t unit,
-                          int block) const {
-    const int64_t column = block * p.hidden + unit;
+                          int gate) const {
+    const int64_t column = gate * p.hidden + unit;
     const S a = gates[row * kGates * p.hidden + column];
     return bias == nullptr ? a : a + load(bias + column);
-  }
-  FUSEDRNN_HD S input_side(int64_t row, int64_t unit, int block) const {
-    return with_bias(p.input_gates, p.b_ih, row, unit, block);
-  }
-  FUSEDRNN_HD S hidden_side(int64_t row, int64_t unit, int block) const {
-    return with_bias(p.hidden_gates, p.b_hh, row, unit, block);
-  }
-  FUSEDRNN_HD S sum(int64_t row, int64_t unit, int block) const {
-    return input_side(row, unit, block) + hidden_side(row, unit, block);
-  }
-
-  FUSEDRNN_HD void save(int64_t row, int64_t unit, S first, S second, S third, S fourth) const {
-    if (p.gates == nullptr) return;
-    E* to = p.gates + row * p.gates_stride + unit;
-    store(to, first);
-    store(to + p.hidden_padded, second);
-    store(to + 2 * p.hidden_padded, third);
-    store(to + 3 * p.hidden_padded, fourth);
-  }
-
-  FUSEDRNN_HD void leave(int64_t row, int64_t unit, S h) const {
-    store(p.y + row * p.y_stride + unit, h);
-    store(p.h + row * p.hidden + unit, p.step.is_cut_after(row) ? S(0) : h);
-  }
-
-  // What a row without this step gives: the same at every call.
-  FUSEDRNN_HD void pad(int64_t row, int64_t unit) const {
-    if (p.y != nullptr) store(p.y + row * p.y_stride + unit, S(0));
-    save(row, unit, S(0), S(0), S(0), S(0));
-    if (p.cells != nullptr) p.cells[row * p.cells_stride + unit] = S(0);
   }
 };
 
@@ -108,7 +119,7 @@ struct ProjectedBody {
   FUSEDRNN_HD void operator()(int64_t row, int64_t unit) const {
     using S = Arithmetic<E>;
     const int64_t at = row * p.output + unit;
-    E* y = p.y + row * p.y_stride + unit;
+    E* y = p.y + (p.step.now.first + row) * p.y_stride + unit;
     if (!p.step.has(row)) {
       store(y, S(0));
       return;

@@ -17,7 +17,8 @@ class ForwardRun {
         sizes_(layer.sizes),
         in_(in),
         out_(out),
-        walk_(layer, in),
+        strategy_(strategy_of(layer)),
+        walk_(layer, in, most_steps(strategy_)),
         stream_(current_stream()),
         x_(in.x.contiguous().reshape({layer.rows, layer.sizes.input})),
         h0_(dense(in.h0)),
@@ -28,7 +29,9 @@ class ForwardRun {
     parts_[0] = walk_.parts(most, false);
     parts_[1] = walk_.parts(most, true);
     input_gates_ = at::empty({walk_.most_rows(parts_[0]), gates_width_}, exact_);
-    hidden_gates_ = at::empty({layer.batch, gates_width_}, exact_);
+    if (strategy_ == Strategy::kPerStep) {
+      hidden_gates_ = at::empty({layer.batch, gates_width_}, exact_);
+    }
     if (sizes_.projected) {
       h_tilde_ = at::empty({layer.batch, sizes_.hidden}, in.x.options());
       projected_ = at::empty({layer.batch, sizes_.output}, exact_);
@@ -36,32 +39,14 @@ class ForwardRun {
   }
 
   void run(int d) {
-    const bool reverse = d == 1;
-    const at::Tensor w_ih = param(d, 0).t(), w_hh = param(d, 1).t();
-    const at::Tensor w_hr = sizes_.projected ? param(d, layer_.has_biases ? 4 : 2).t() : w_hh;
-    const at::Tensor b_ih = layer_.has_biases ? param(d, 2) : at::Tensor();
-    const at::Tensor b_hh = layer_.has_biases ? param(d, 3) : at::Tensor();
+    const Parameters with = parameters(d);
     const at::Tensor h = out_.h_n.select(0, d);  // the state; at the end what is asked for
     const at::Tensor state = start(d, h);
     for (const Steps part : parts_[d]) {
       const int64_t rows = walk_.rows(part);
       const at::Tensor gates = input_gates_.narrow(0, 0, rows);
-      multiply(gates, x_.narrow(0, walk_.row(part.begin), rows), w_ih);
-      const RecurrentPrecision precision(layer_);
-      for (int64_t i = part.begin; i < part.end; ++i) {
-        const int64_t t = reverse ? part.begin + part.end - 1 - i : i;
-        ForwardStep<E> p = describe(d, t);
-        const int64_t n = p.step.rows;
-        multiply(first(hidden_gates_, n), first(h, n), w_hh);
-        p.input_gates =
-            const_values_of<S>(gates, (walk_.row(t) - walk_.row(part.begin)) * gates_width_);
-        p.b_ih = const_values_of<E>(b_ih);
-        p.b_hh = const_values_of<E>(b_hh);
-        p.state = values_of<S>(state);
-        if (!sizes_.projected) p.h = values_of<E>(h);
-        Kernels<E>::forward(layer_.cell, p, stream_);
-        if (sizes_.projected) project(d, p.step, h, w_hr);
-      }
+      multiply(gates, x_.narrow(0, walk_.row(part.begin), rows), with.w_ih.t());
+      recur(d, part, with, h, state);
     }
     if (has_cell_state(layer_.cell) && !kExact) out_.c_n.select(0, d).copy_(state);
   }
@@ -69,8 +54,19 @@ class ForwardRun {
  private:
   static constexpr bool kExact = std::is_same_v<E, S>;
 
-  at::Tensor param(int d, int index) const {
-    return layer_.param(in_.params, d, index).contiguous();
+  // Of a direction; undefined where the layer has none.
+  struct Parameters {
+    at::Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
+  };
+  Parameters parameters(int d) const {
+    const auto param = [&](int i) { return layer_.param(in_.params, d, i).contiguous(); };
+    Parameters p{param(0), param(1), {}, {}, {}};
+    if (layer_.has_biases) {
+      p.b_ih = param(2);
+      p.b_hh = param(3);
+    }
+    if (sizes_.projected) p.w_hr = param(layer_.has_biases ? 4 : 2);
+    return p;
   }
   static at::Tensor first(const at::Tensor& t, int64_t rows) {
     return rows == t.size(0) ? t : t.narrow(0, 0, rows);
@@ -98,46 +94,85 @@ class ForwardRun {
     return state;
   }
 
-  ForwardStep<E> describe(int d, int64_t t) const {
-    const int64_t row = walk_.row(t), directions = layer_.directions;
-    ForwardStep<E> p{};
-    p.step = walk_.step(t, d == 1);
-    p.hidden = sizes_.hidden;
-    p.hidden_padded = sizes_.hidden_padded();
-    p.hidden_gates = const_values_of<S>(hidden_gates_);
-    p.h_tilde = values_of<E>(h_tilde_);
-    p.y_stride = directions * sizes_.output;
-    p.gates_stride = directions * layer_.saved_width();
-    p.cells_stride = directions * p.hidden_padded;
-    if (!sizes_.projected) p.y = y_of(d, t);
-    if (out_.gates.numel() > 0) {
-      p.gates = values_of<E>(out_.gates, row * p.gates_stride + d * layer_.saved_width());
+  void recur(int d, Steps part, const Parameters& with, const at::Tensor& h,
+             const at::Tensor& state) const {
+    if constexpr (!std::is_same_v<E, double>) {
+      if (strategy_ == Strategy::kOneCta) return in_one_cta(d, part, with, h, state);
     }
-    if (out_.cells.numel() > 0) {
-      p.cells = values_of<S>(out_.cells, row * p.cells_stride + d * p.hidden_padded);
+    step_by_step(d, part, with, h, state);
+  }
+
+  void step_by_step(int d, Steps part, const Parameters& with, const at::Tensor& h,
+                    const at::Tensor& state) const {
+    const RecurrentPrecision precision(layer_);
+    const at::Tensor w_hh = with.w_hh.t();
+    const ForwardResults<E> to = results(d);
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      const int64_t t = d == 1 ? part.begin + part.end - 1 - i : i;
+      const int64_t rows = walk_.rows(t);
+      multiply(first(hidden_gates_, rows), first(h, rows), w_hh);
+      ForwardStep<E> p{};
+      p.step = walk_.step(t, d == 1);
+      p.hidden = sizes_.hidden;
+      p.input_gates =
+          const_values_of<S>(input_gates_, (walk_.row(t) - walk_.row(part.begin)) * gates_width_);
+      p.hidden_gates = const_values_of<S>(hidden_gates_);
+      p.b_ih = const_values_of<E>(with.b_ih);
+      p.b_hh = const_values_of<E>(with.b_hh);
+      p.state = values_of<S>(state);
+      if (!sizes_.projected) p.h = values_of<E>(h);
+      p.h_tilde = values_of<E>(h_tilde_);
+      p.results = to;
+      Kernels<E>::forward(layer_.cell, p, stream_);
+      if (sizes_.projected) project(d, p.step, h, with.w_hr.t());
     }
-    return p;
+  }
+
+  void in_one_cta(int d, Steps part, const Parameters& with, const at::Tensor& h,
+                  const at::Tensor& state) const {
+    const OneCtaForward<E> p{walk_.part(part, d == 1),
+                             sizes_.hidden,
+                             const_values_of<S>(input_gates_),
+                             const_values_of<E>(with.w_hh),
+                             const_values_of<E>(with.b_ih),
+                             const_values_of<E>(with.b_hh),
+                             values_of<S>(state),
+                             values_of<E>(h),
+                             results(d)};
+    OneCtaKernels<E>::forward(layer_.cell, p, stream_);
+  }
+
+  // A direction's columns.
+  ForwardResults<E> results(int d) const {
+    const int64_t units = sizes_.hidden_padded();
+    ForwardResults<E> r{};
+    r.y_stride = layer_.directions * sizes_.output;
+    r.gates_stride = layer_.directions * layer_.saved_width();
+    r.cells_stride = layer_.directions * units;
+    r.hidden_padded = units;
+    if (!sizes_.projected) r.y = values_of<E>(out_.y, d * sizes_.output);
+    if (out_.gates.numel() > 0) r.gates = values_of<E>(out_.gates, d * layer_.saved_width());
+    if (out_.cells.numel() > 0) r.cells = values_of<S>(out_.cells, d * units);
+    return r;
   }
 
   void project(int d, const Step& step, const at::Tensor& h, const at::Tensor& w_hr) const {
-    multiply(first(projected_, step.rows), first(h_tilde_, step.rows), w_hr);
+    const int64_t rows = step.now.count;
+    multiply(first(projected_, rows), first(h_tilde_, rows), w_hr);
     const ProjectedStep<E> p{step,
                              sizes_.output,
                              const_values_of<S>(projected_),
                              values_of<E>(h),
-                             y_of(d, step.time),
+                             values_of<E>(out_.y, d * sizes_.output),
                              layer_.directions * sizes_.output};
     Kernels<E>::project(p, stream_);
-  }
-
-  E* y_of(int d, int64_t t) const {
-    return values_of<E>(out_.y, (walk_.row(t) * layer_.directions + d) * sizes_.output);
   }
 
   const Layer& layer_;
   const Sizes& sizes_;
   const LayerInputs& in_;
   const ForwardResult& out_;
+  const Strategy strategy_;
   const Walk walk_;
   const Stream stream_;
   const at::Tensor x_, h0_, c0_;

@@ -1,9 +1,9 @@
 // The kernels, as a program that is no CUDA compiler's calls them: one function each, which puts
 // the kernel on a stream.
 //
-// Defined in kernels_inl.cuh for whoever compiles that file: nvcc for a GPU (kernels_*.cu, a type
-// each, so that they compile side by side), or a plain compiler, and then the threads of every
-// block run on the host before the call returns (tests/cuda_emulated).
+// Defined in kernels_inl.cuh and one_cta_inl.cuh for whoever compiles these files: nvcc for a GPU
+// (the .cu files, a type each, so that they compile side by side), or a plain compiler, and then
+// the threads of every block run on the host before the call returns (tests/cuda_emulated).
 #pragma once
 
 #include "cuda/steps.h"
@@ -24,6 +24,13 @@ struct Kernels {
   static void project_backward(const ProjectedBackwardStep<E>& p, Stream stream);
   static void initial_gradient(const InitialGradient<E>& p, int64_t batch, Stream stream);
   static void valid_rows(const ValidRows<E>& p, int64_t rows, Stream stream);
+};
+
+// Many steps in one kernel, without a projection, hidden <= kOneCtaUnits. E is not double.
+template <class E>
+struct OneCtaKernels {
+  static void forward(Cell cell, const OneCtaForward<E>& p, Stream stream);
+  static void backward(Cell cell, const OneCtaBackward<E>& p, Stream stream);
 };
 
 }  // namespace fusedrnn

@@ -32,19 +32,19 @@ void Kernels<E>::initial_state(const InitialState<E>& p, int64_t batch, Stream s
 
 template <class E>
 void Kernels<E>::forward(Cell cell, const ForwardStep<E>& p, Stream stream) {
-  launch_cell<FUSEDRNN_ISA::ForwardBody, E>(cell, p, p.step.rows, stream);
+  launch_cell<FUSEDRNN_ISA::ForwardBody, E>(cell, p, p.step.now.count, stream);
 }
 
 template <class E>
 void Kernels<E>::project(const ProjectedStep<E>& p, Stream stream) {
-  launch(FUSEDRNN_ISA::ProjectedBody<E>{p}, p.step.rows, p.output, stream);
+  launch(FUSEDRNN_ISA::ProjectedBody<E>{p}, p.step.now.count, p.output, stream);
 }
 
 // Rows of a packed input may have had their step after, and not this one: their gradient is handed
 // on.
 template <class E>
 int64_t rows_of(const Step& step, const CarriedGradient<E>& carry) {
-  return std::max(step.rows, carry.product_rows);
+  return std::max(step.now.count, carry.product_rows);
 }
 
 template <class E>

@@ -1,10 +1,11 @@
-// A kernel over (rows, units), a thread for each pair: on a GPU, or emulated on the host.
+// How a kernel is put on a stream of a GPU, or run on the host in its place.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "cuda/block.cuh"
 #include "cuda/kernels.h"
 
 namespace fusedrnn {
@@ -25,6 +26,12 @@ inline Grid grid_of(int64_t rows, int64_t units) {
 
 #ifdef __CUDACC__
 
+inline void check_launch(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("fusedrnn: a CUDA kernel could not be launched: ") +
+                           cudaGetErrorString(error));
+}
+
 template <class Body>
 __global__ void over_rows(Body body, int64_t rows, int64_t units) {
   const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
@@ -32,43 +39,61 @@ __global__ void over_rows(Body body, int64_t rows, int64_t units) {
   if (row < rows && unit < units) body(row, unit);
 }
 
+// A thread for each row and unit; no two of them meet.
 template <class Body>
 void launch(const Body& body, int64_t rows, int64_t units, Stream stream) {
   if (rows == 0 || units == 0) return;
   const Grid grid = grid_of(rows, units);
   over_rows<<<dim3(grid.blocks_x, grid.blocks_y), dim3(grid.threads_x, grid.threads_y), 0,
               stream>>>(body, rows, units);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("fusedrnn: a CUDA kernel could not be launched: ") +
-                             cudaGetErrorString(error));
+  check_launch(cudaGetLastError());
+}
+
+// A grid constant: parameters that are indexed stay where they are.
+template <class Body>
+__global__ void __launch_bounds__(Body::kThreads) in_blocks(const __grid_constant__ Body body) {
+  body(Block());
+}
+
+// A block for each kRows rows, whose threads work together.
+template <class Body>
+void launch_blocks(const Body& body, int64_t rows, Stream stream) {
+  if (rows == 0) return;
+  if constexpr (Body::kSharedBytes > (48 << 10)) {
+    check_launch(cudaFuncSetAttribute(in_blocks<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      Body::kSharedBytes));
   }
+  const int64_t blocks = (rows + Body::kRows - 1) / Body::kRows;
+  in_blocks<<<static_cast<unsigned>(blocks), Body::kThreads, Body::kSharedBytes, stream>>>(body);
+  check_launch(cudaGetLastError());
 }
 
 #else
 
-// Runs every thread of every block in turn, which is right as long as threads of a block do not
-// wait for each other. Kernels with barriers will need a fiber a thread here.
-template <class Thread>
-void emulate(const Grid& grid, const Thread& thread) {
+// Runs every thread of every block in turn, which is right as they do not wait for each other.
+template <class Body>
+void launch(const Body& body, int64_t rows, int64_t units, Stream) {
+  if (rows == 0 || units == 0) return;
+  const Grid grid = grid_of(rows, units);
   for (unsigned by = 0; by < grid.blocks_y; ++by) {
     for (unsigned bx = 0; bx < grid.blocks_x; ++bx) {
       for (unsigned y = 0; y < grid.threads_y; ++y) {
-        for (unsigned x = 0; x < grid.threads_x; ++x) thread(bx, by, x, y);
+        for (unsigned x = 0; x < grid.threads_x; ++x) {
+          const int64_t row = int64_t{bx} * grid.threads_y + y;
+          const int64_t unit = int64_t{by} * grid.threads_x + x;
+          if (row < rows && unit < units) body(row, unit);
+        }
       }
     }
   }
 }
 
 template <class Body>
-void launch(const Body& body, int64_t rows, int64_t units, Stream) {
-  if (rows == 0 || units == 0) return;
-  const Grid grid = grid_of(rows, units);
-  emulate(grid, [&](unsigned bx, unsigned by, unsigned x, unsigned y) {
-    const int64_t row = int64_t{bx} * grid.threads_y + y;
-    const int64_t unit = int64_t{by} * grid.threads_x + x;
-    if (row < rows && unit < units) body(row, unit);
-  });
+void launch_blocks(const Body& body, int64_t rows, Stream) {
+  for (int64_t index = 0; index * Body::kRows < rows; ++index) {
+    EmulatedBlock block(index, Body::kThreads, Body::kSharedBytes);
+    block.run([&](int thread) { body(Block(block, thread)); });
+  }
 }
 
 #endif

@@ -6,9 +6,10 @@
 // batch. Nothing is sorted or compacted, as lengths stay on the GPU. "Before" and "after" are in
 // the order in which the direction walks, also in back-propagation.
 //
-// E is what values are kept as, S = Arithmetic<E> what they are computed as. Pointers to a step's
-// rows point to the row of batch row 0 and, of several directions, to this one's columns. Every
-// pointer is device memory that lives until the stream has passed the kernel.
+// E is what values are kept as, S = Arithmetic<E> what they are computed as. N rows are all of the
+// caller's; "step's rows" and "part's rows" are counted from the first of that step or part. Of
+// several directions, a pointer points to this one's columns. Every pointer is device memory that
+// lives until the stream has passed the kernel.
 #pragma once
 
 #include <cstdint>
@@ -18,16 +19,21 @@
 
 namespace fusedrnn {
 
+// Rows of the caller's tensors: those of one step, batch row 0's first.
+struct Rows {
+  int64_t first, count;
+};
+
 // One step of one direction.
 //
 // The boundary between steps t - 1 and t is t; where reset[t] is set, it cuts the state for either
 // direction. It lies within a row if t is a valid step of it.
 struct Step {
   int64_t time;            // t
-  int64_t rows;            // batch rows [0, rows) have it, but for those that `lengths` ends
-  const int64_t* lengths;  // (B) or null; any value, which stands for the nearest in 0..T
+  Rows now;                // batch rows [0, count) have it, but for those that `lengths` ends
+  Rows before;             // of the step before; none where this is the first
   int64_t time_before;     // of the step before
-  int64_t rows_before;     // of the same, 0 where this is the first
+  const int64_t* lengths;  // (B) or null; any value, which stands for the nearest in 0..T
   int64_t boundary_before, boundary_after;
   const bool* cut_before;  // (B): reset at boundary_before, or null: no row is cut
   const bool* cut_after;   // (B): reset at boundary_after, the same; null at the last step
@@ -35,16 +41,65 @@ struct Step {
   FUSEDRNN_HD bool within(int64_t row, int64_t t) const {
     return lengths == nullptr || t < lengths[row];
   }
-  FUSEDRNN_HD bool has(int64_t row) const { return row < rows && within(row, time); }
+  FUSEDRNN_HD bool has(int64_t row) const { return row < now.count && within(row, time); }
   // Whether the state that enters comes from the step before, else it is the initial one.
   FUSEDRNN_HD bool continues(int64_t row) const {
-    return row < rows_before && within(row, time_before);
+    return row < before.count && within(row, time_before);
   }
   FUSEDRNN_HD bool is_cut_before(int64_t row) const {
     return cut_before != nullptr && cut_before[row] && within(row, boundary_before);
   }
   FUSEDRNN_HD bool is_cut_after(int64_t row) const {
     return cut_after != nullptr && cut_after[row] && within(row, boundary_after);
+  }
+};
+
+// The order in which a direction walks over a sequence, and what cuts and ends its rows.
+struct Order {
+  int64_t steps;  // T, without steps that no row has
+  int64_t batch;  // B
+  bool reverse;
+  const int64_t* lengths;  // (B) or null, as in Step
+  const bool* reset;       // (T, B) or null
+
+  FUSEDRNN_HD int64_t before(int64_t t) const { return reverse ? t + 1 : t - 1; }
+  FUSEDRNN_HD int64_t after(int64_t t) const { return reverse ? t - 1 : t + 1; }
+  FUSEDRNN_HD bool has(int64_t t) const { return t >= 0 && t < steps; }
+
+  FUSEDRNN_HD Step step(int64_t t, Rows now, Rows rows_before) const {
+    Step s{
+        t,       now,    rows_before, before(t), lengths, reverse ? t + 1 : t, reverse ? t : t + 1,
+        nullptr, nullptr};
+    if (reset != nullptr) {
+      // Step 0 of the forward direction may start a segment; the last one of the reverse may not.
+      if (has(before(t)) || !reverse) s.cut_before = reset + s.boundary_before * batch;
+      if (has(after(t))) s.cut_after = reset + s.boundary_after * batch;
+    }
+    return s;
+  }
+};
+
+// The most steps of a PartOfWalk, which must fit among a kernel's parameters.
+inline constexpr int64_t kMostSteps = 256;
+
+// Steps [begin, end) in time of a walk, for a kernel that takes them all.
+struct PartOfWalk {
+  Order order;
+  int64_t begin, end;
+  Rows earlier;                       // of step begin - 1; none where there is none
+  int64_t rows_later;                 // of step end; 0 where there is none
+  int64_t first_row[kMostSteps + 1];  // of each step, and of step end
+
+  FUSEDRNN_HD Rows rows(int64_t t) const {
+    if (t < begin) return earlier;
+    const int64_t first = first_row[t - begin];
+    return {first, t < end ? first_row[t - begin + 1] - first : rows_later};
+  }
+  FUSEDRNN_HD Step step(int64_t t) const { return order.step(t, rows(t), rows(order.before(t))); }
+  // The i-th that the direction walks, or that back-propagation does.
+  FUSEDRNN_HD int64_t walked(int64_t i) const { return order.reverse ? end - 1 - i : begin + i; }
+  FUSEDRNN_HD int64_t walked_back(int64_t i) const {
+    return order.reverse ? begin + i : end - 1 - i;
   }
 };
 
@@ -58,14 +113,25 @@ struct InitialState {
   Arithmetic<E>* to;  // (B, width), or null
 };
 
+// Where a forward call's results go, and what is kept for back-propagation. Rows are counted from
+// the tensors' first.
+template <class E>
+struct ForwardResults {
+  using S = Arithmetic<E>;
+  E* y;      // (N, y_stride): zeros in padding; null with a projection
+  E* gates;  // (N, gates_stride): saved_blocks blocks of hidden_padded; or null
+  S* cells;  // (N, cells_stride), LSTM; or null
+  int64_t y_stride, gates_stride, cells_stride, hidden_padded;
+};
+
 // One step of the recurrence.
 template <class E>
 struct ForwardStep {
   using S = Arithmetic<E>;
   Step step;
   int64_t hidden;         // H
-  const S* input_gates;   // (rows, G*H): W_ih x
-  const S* hidden_gates;  // (rows, G*H): W_hh h
+  const S* input_gates;   // (step's rows, G*H): W_ih x
+  const S* hidden_gates;  // (step's rows, G*H): W_hh h
   const E* b_ih;          // (G*H), or null; then b_hh is null too
   const E* b_hh;          // (G*H), or null
   // What enters the step, and then what enters the next one: zero where that one starts a segment.
@@ -73,10 +139,22 @@ struct ForwardStep {
   S* state;    // (B, H): LSTM c, GRU h before it is rounded; null for an RNN
   E* h;        // (B, H): what W_hh multiplies; null with a projection
   E* h_tilde;  // (B, H): o tanh(c) before a projection, else null
-  E* y;        // (rows, y_stride): zeros in padding; null with a projection
-  E* gates;    // (rows, gates_stride): saved_blocks blocks of hidden_padded; or null
-  S* cells;    // (rows, cells_stride), LSTM; or null
-  int64_t y_stride, gates_stride, cells_stride, hidden_padded;
+  ForwardResults<E> results;
+};
+
+// Many steps of the recurrence, without a projection, for a kernel that keeps W_hh in a CTA.
+template <class E>
+struct OneCtaForward {
+  using S = Arithmetic<E>;
+  PartOfWalk part;
+  int64_t hidden;        // H
+  const S* input_gates;  // (part's rows, G*H): W_ih x
+  const E* w_hh;         // (G*H, H)
+  const E* b_ih;         // as in ForwardStep, all
+  const E* b_hh;
+  S* state;
+  E* h;
+  ForwardResults<E> results;
 };
 
 // The second half of a step with a projection.
@@ -84,9 +162,9 @@ template <class E>
 struct ProjectedStep {
   Step step;
   int64_t output;                  // P
-  const Arithmetic<E>* projected;  // (rows, P): W_hr h_tilde
+  const Arithmetic<E>* projected;  // (step's rows, P): W_hr h_tilde
   E* h;                            // (B, P): as in ForwardStep
-  E* y;                            // (rows, y_stride)
+  E* y;                            // (N, y_stride)
   int64_t y_stride;
 };
 
@@ -100,6 +178,21 @@ struct CarriedGradient {
   int64_t product_rows;
 };
 
+// What a forward call was given and left, and the gradient of y. Rows are counted from the tensors'
+// first.
+template <class E>
+struct ForwardSaved {
+  using S = Arithmetic<E>;
+  int64_t hidden;  // H
+  const E* dy;     // (N, y_stride), or null; null with a projection, as y and h0 are
+  const E* y;      // (N, y_stride)
+  const E* gates;  // (N, gates_stride)
+  const S* cells;  // (N, cells_stride)
+  const E* h0;     // (B, H), or null: zeros
+  const E* c0;     // (B, H), or null: zeros
+  int64_t y_stride, gates_stride, cells_stride, hidden_padded;
+};
+
 // One step of back-propagation.
 template <class E>
 struct BackwardStep {
@@ -108,19 +201,26 @@ struct BackwardStep {
   int64_t hidden;  // H
   CarriedGradient<E> carry;
   S* dc;               // (B, H): dc_n, then the gradient of the c that leaves; LSTM
-  const S* dh_hidden;  // (rows, H): with a projection the step's dh W_hr, in place of carry and dy
-  const E* dy;         // (rows, y_stride), or null
-  const E* gates;      // (rows, gates_stride)
-  const S* cells;      // (rows, cells_stride)
-  const S* cells_before;  // (rows_before, cells_stride)
-  const E* y;             // (rows, y_stride)
-  const E* y_before;      // (rows_before, y_stride)
-  const E* h0;            // (B, H), or null: zeros
-  const E* c0;            // (B, H), or null: zeros
-  int64_t y_stride, gates_stride, cells_stride, hidden_padded;
-  E* dgates;    // (rows, gradient_blocks * H): zeros in padding
-  E* previous;  // (rows, H): the h that entered, zeros in padding; or null
-  E* h_tilde;   // (rows, H): o tanh(c), zeros in padding; null without a projection
+  const S* dh_hidden;  // (step's rows, H): with a projection dh W_hr, in place of carry and dy
+  ForwardSaved<E> saved;
+  E* dgates;    // (step's rows, gradient_blocks * H): zeros in padding
+  E* previous;  // (step's rows, H): the h that entered, zeros in padding; or null
+  E* h_tilde;   // (step's rows, H): o tanh(c), zeros in padding; null without a projection
+};
+
+// Many steps of back-propagation, without a projection, for a kernel that keeps W_hh in a CTA.
+template <class E>
+struct OneCtaBackward {
+  using S = Arithmetic<E>;
+  PartOfWalk part;
+  int64_t hidden;  // H
+  const E* w_hh;   // (H, G*H): the transpose, its columns in the order of the hidden side
+  S* direct;       // (B, H): CarriedGradient of the state that leaves the part, then of the one
+                   // that enters it; nothing is left in a product
+  S* dc;           // (B, H), as in BackwardStep
+  ForwardSaved<E> saved;
+  E* dgates;    // (part's rows, gradient_blocks * H): zeros in padding
+  E* previous;  // (part's rows, H), or null: as in BackwardStep
 };
 
 // The half of such a step that comes first where there is a projection.
@@ -129,12 +229,12 @@ struct ProjectedBackwardStep {
   Step step;
   int64_t output;  // P
   CarriedGradient<E> carry;
-  const E* dy;        // (rows, y_stride), or null
-  const E* y_before;  // (rows_before, y_stride)
-  const E* h0;        // (B, P), or null: zeros
+  const E* dy;  // (N, y_stride), or null
+  const E* y;   // (N, y_stride)
+  const E* h0;  // (B, P), or null: zeros
   int64_t y_stride;
-  E* dh;        // (rows, P): the gradient of this step's h, zeros in padding
-  E* previous;  // (rows, P), or null: as in BackwardStep
+  E* dh;        // (step's rows, P): the gradient of this step's h, zeros in padding
+  E* previous;  // (step's rows, P), or null: as in BackwardStep
 };
 
 // What is left for the initial state: dh0 or dc0.

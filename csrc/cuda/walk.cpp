@@ -5,9 +5,10 @@
 
 namespace fusedrnn {
 
-Walk::Walk(const Layer& layer, const LayerInputs& in)
+Walk::Walk(const Layer& layer, const LayerInputs& in, int64_t most_steps)
     : steps_(layer.steps),
       batch_(layer.batch),
+      most_steps_(most_steps),
       lengths_(dense(in.lengths)),
       reset_(dense(in.reset)) {
   row_.resize(steps_ + 1, 0);
@@ -22,33 +23,33 @@ Walk::Walk(const Layer& layer, const LayerInputs& in)
   }
 }
 
+Order Walk::order(bool reverse) const {
+  return {steps_, batch_, reverse, lengths(), const_values_of<bool>(reset_)};
+}
+
 Step Walk::step(int64_t t, bool reverse) const {
-  const int64_t before = reverse ? t + 1 : t - 1, after = reverse ? t - 1 : t + 1;
-  const auto inside = [&](int64_t other) { return other >= 0 && other < steps_; };
-  const auto reset_at = [&](int64_t boundary) {
-    return const_values_of<bool>(reset_, boundary * batch_);
-  };
-  Step s{};
-  s.time = t;
-  s.rows = rows(t);
-  s.lengths = lengths();
-  s.time_before = before;
-  s.rows_before = inside(before) ? rows(before) : 0;
-  s.boundary_before = reverse ? t + 1 : t;
-  s.boundary_after = reverse ? t : t + 1;
-  if (reset_.defined()) {
-    // Step 0 of the forward direction may start a segment; the last one of the reverse may not.
-    if (inside(before) || !reverse) s.cut_before = reset_at(s.boundary_before);
-    if (inside(after)) s.cut_after = reset_at(s.boundary_after);
-  }
-  return s;
+  const Order o = order(reverse);
+  const int64_t before = o.before(t);
+  return o.step(t, rows_at(t), o.has(before) ? rows_at(before) : Rows{});
+}
+
+PartOfWalk Walk::part(Steps steps, bool reverse) const {
+  PartOfWalk part{};
+  part.order = order(reverse);
+  part.begin = steps.begin;
+  part.end = steps.end;
+  if (steps.begin > 0) part.earlier = rows_at(steps.begin - 1);
+  if (steps.end < steps_) part.rows_later = rows(steps.end);
+  std::copy(row_.begin() + steps.begin, row_.begin() + steps.end + 1, part.first_row);
+  return part;
 }
 
 std::vector<Steps> Walk::parts(int64_t most_rows, bool backwards) const {
   std::vector<Steps> parts;
   for (int64_t begin = 0; begin < steps_;) {
     int64_t end = begin + 1;
-    while (end < steps_ && rows(Steps{begin, end + 1}) <= most_rows) ++end;
+    while (end < std::min(steps_, begin + most_steps_) && rows(Steps{begin, end + 1}) <= most_rows)
+      ++end;
     parts.push_back({begin, end});
     begin = end;
   }

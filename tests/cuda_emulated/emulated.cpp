@@ -6,15 +6,20 @@
 #include <vector>
 
 #include "layer.cpp"
+#include "strategy.cpp"
 #include "cuda/walk.cpp"
 #include "cuda/forward_driver.cpp"
 #include "cuda/backward_driver.cpp"
 #include "cuda/kernels_inl.cuh"
+#include "cuda/one_cta_inl.cuh"
 
 template struct fusedrnn::Kernels<float>;
 template struct fusedrnn::Kernels<double>;
 template struct fusedrnn::Kernels<fusedrnn::BFloat16>;
 template struct fusedrnn::Kernels<fusedrnn::Half>;
+template struct fusedrnn::OneCtaKernels<float>;
+template struct fusedrnn::OneCtaKernels<fusedrnn::BFloat16>;
+template struct fusedrnn::OneCtaKernels<fusedrnn::Half>;
 
 namespace fusedrnn {
 
@@ -111,6 +116,7 @@ TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def("fail_after(int products) -> ()", [](int64_t n) { products_until_failure = n; });
   m.def("set_part_bytes(int bytes) -> ()", [](int64_t bytes) { bytes_of_part = bytes; });
   m.def("take_products() -> int[]", take_products);
+  m.def("set_turns(int turns) -> ()", [](int64_t t) { turns = static_cast<Turns>(t); });
 }
 
 }  // namespace fusedrnn

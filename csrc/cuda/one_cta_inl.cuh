@@ -1,0 +1,43 @@
+// OneCtaKernels<E> from the bodies and the launcher.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/one_cta_backward.cuh"
+#include "cuda/one_cta_forward.cuh"
+
+namespace fusedrnn {
+
+// Units are rounded up to 64 or 128: with fewer, a step takes hardly less time.
+template <template <Cell, class, int> class Body, class E, class Params>
+void launch_one_cta(Cell cell, const Params& p, Stream stream) {
+  const auto run = [&]<Cell kCell>() {
+    const int64_t rows = p.part.rows(p.part.begin).count;  // no step has more
+    if (p.hidden <= 64) {
+      launch_blocks(Body<kCell, E, 64>{p}, rows, stream);
+    } else {
+      launch_blocks(Body<kCell, E, 128>{p}, rows, stream);
+    }
+  };
+  switch (cell) {
+    case Cell::kLstm:
+      return run.template operator()<Cell::kLstm>();
+    case Cell::kGru:
+      return run.template operator()<Cell::kGru>();
+    case Cell::kRnnTanh:
+      return run.template operator()<Cell::kRnnTanh>();
+    case Cell::kRnnRelu:
+      return run.template operator()<Cell::kRnnRelu>();
+  }
+}
+
+template <class E>
+void OneCtaKernels<E>::forward(Cell cell, const OneCtaForward<E>& p, Stream stream) {
+  launch_one_cta<FUSEDRNN_ISA::OneCtaForwardBody, E>(cell, p, stream);
+}
+
+template <class E>
+void OneCtaKernels<E>::backward(Cell cell, const OneCtaBackward<E>& p, Stream stream) {
+  launch_one_cta<FUSEDRNN_ISA::OneCtaBackwardBody, E>(cell, p, stream);
+}
+
+}  // namespace fusedrnn
