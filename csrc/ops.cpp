@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "layer.h"
+#include "strategy.h"
 #include "stream_py.h"
 
 // setup.py defines FUSEDRNN_CUDA as the version of CUDA where the CUDA half is built.
@@ -23,6 +24,12 @@ pybind11::list isa_names() {
   pybind11::list names;
   for (const Isa* isa : usable_isas()) names.append(isa->name);
   return names;
+}
+
+std::string cuda_strategy(int64_t hidden_size, int64_t proj_size, at::ScalarType dtype) {
+  const bool projected = proj_size > 0;
+  return name_of(
+      strategy_of({0, hidden_size, projected ? proj_size : hidden_size, projected}, dtype));
 }
 
 pybind11::dict build_info() {
@@ -105,6 +112,8 @@ PYBIND11_MODULE(_C, m) {
       "Name of the instruction set in use.");
   m.def("set_cpu_isa", &fusedrnn::set_isa, pybind11::arg("name"),
         "Uses instruction set `name` from the next call on; ValueError where it is not usable.");
+  m.def("cuda_strategy", torch::wrap_pybind_function_no_gil(fusedrnn::cuda_strategy),
+        "Name of the way in which a CUDA device runs the recurrence of such a layer.");
   m.def("layer", torch::wrap_pybind_function_no_gil(fusedrnn::layer),
         "One layer (y, h_n, c_n), recorded for autograd where an input requires grad.");
   m.def("plain_layer", torch::wrap_pybind_function_no_gil(fusedrnn::plain_layer),

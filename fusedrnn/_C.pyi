@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 _Array = TypeVar("_Array", Tensor, np.ndarray)
@@ -16,6 +17,9 @@ def get_cpu_isa() -> str:
 
 def set_cpu_isa(name: str) -> None:
     """Use the instruction set ``name`` from now on; ValueError unless ``cpu_isas()`` lists it."""
+
+def cuda_strategy(hidden_size: int, proj_size: int, dtype: torch.dtype) -> str:
+    """How a CUDA device runs such a layer's recurrence, see ``fusedrnn.cuda_strategy``."""
 
 def layer(
     mode: str,

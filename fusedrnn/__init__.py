@@ -6,6 +6,8 @@ in the kernel, double backward, ``torch.func``, ``torch.compile(fullgraph=True)`
 ``fusedrnn.models`` builds encoders, attention and decoders on them.
 """
 
+import torch
+
 from fusedrnn import autograd, functional, models, reference
 from fusedrnn._ops import _C
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
@@ -26,6 +28,7 @@ __all__ = [
     "autograd",
     "convert",
     "cpu_isas",
+    "cuda_strategy",
     "empty_cache",
     "functional",
     "models",
@@ -40,6 +43,25 @@ def cpu_isas() -> list[str]:
     The environment variable FUSEDRNN_CPU_ISA forces one of them.
     """
     return _C.cpu_isas()
+
+
+def cuda_strategy(module: RNN | LSTM | GRU, dtype: torch.dtype | None = None) -> str:
+    """How a CUDA device runs the recurrence of ``module``'s layers.
+
+    ``"per_step"``: a matrix product and a kernel for every step. ``"one_cta"``: one kernel for up
+    to 256 steps, whose thread blocks each keep all of W_hh and a row or two of the batch; it needs
+    ``hidden_size <= 128``, no ``proj_size`` and another dtype than float64. ``dtype`` is what the
+    module computes in, if not its parameters' own (under autocast). On a machine without a GPU this
+    tells what one would do.
+
+    The environment variable FUSEDRNN_CUDA_STRATEGY, read at every call, forces one of them;
+    ``auto`` or nothing leaves the choice to fusedrnn. Raises ValueError, as the layers do then,
+    where it is no strategy's name or names one that cannot run the layer.
+    """
+    if not isinstance(module, RNN | LSTM | GRU):
+        raise TypeError(f"module: expected fusedrnn.RNN, LSTM or GRU, got {type(module).__name__}")
+    kept = module.weight_ih_l0.dtype if dtype is None else dtype
+    return _C.cuda_strategy(module.hidden_size, module.proj_size, kept)
 
 
 def empty_cache() -> None:

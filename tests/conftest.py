@@ -43,3 +43,10 @@ def isa(request: pytest.FixtureRequest) -> str:
 def one_thread() -> None:
     """Small work, which torch.nn would spread over threads: alone it is several times faster."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Force the CUDA half's way of running the recurrence, given as an indirect parameter."""
+    monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", request.param)
+    return request.param

@@ -1,14 +1,15 @@
 """Calls of one layer that the CUDA half must answer rightly, on a GPU as well as emulated.
 
-A case is a mode, a form and a dtype. It is answered by the operators under test, by torch.nn in the
-same dtype (row by row and segment by segment where it knows no lengths or resets), and by
-``fusedrnn.reference`` in float64; oracle.py's rule compares the three.
+A case is a strategy, a mode, a form and a dtype. It is answered by the operators under test, by
+torch.nn in the same dtype (row by row and segment by segment where it knows no lengths or resets),
+and by ``fusedrnn.reference`` in float64; oracle.py's rule compares the three.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -30,8 +31,21 @@ FORMS: dict[str, dict[str, Any]] = {
     "packed, one way, no states": {"lengths": (4, 4, 2, 1, 1), "packed": True, "states": False},
 }
 MODES = (*oracle.MODES, "LSTM projected")
-CASES = [(mode, form, dtype) for mode in MODES for form in FORMS for dtype in DTYPES]
-IDS = [f"{mode}-{form}-{str(dtype)[6:]}" for mode, form, dtype in CASES]
+# A strategy, to be forced by conftest.py's fixture of that name, and a mode that it can run.
+WAYS = [("per_step", mode) for mode in MODES] + [("one_cta", mode) for mode in oracle.MODES]
+CASES = [
+    (*way, form, dtype)
+    for way in WAYS
+    for form in FORMS
+    for dtype in DTYPES
+    if way[0] == "per_step" or dtype != torch.float64
+]
+IDS = [" ".join([*way, form, str(dtype)[6:]]) for *way, form, dtype in CASES]
+# Decorators that call a test for each.
+each_way = pytest.mark.parametrize(("strategy", "mode"), WAYS, indirect=["strategy"])
+each_case = pytest.mark.parametrize(
+    ("strategy", "mode", "form", "dtype"), CASES, ids=IDS, indirect=["strategy"]
+)
 
 
 class Call:

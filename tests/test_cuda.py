@@ -37,8 +37,8 @@ def _ieee() -> Iterator[None]:
     torch.backends.cuda.matmul.fp32_precision = "none"
 
 
-@pytest.mark.parametrize(("mode", "form", "dtype"), cuda_cases.CASES, ids=cuda_cases.IDS)
-def test_against_cudnn(mode: str, form: str, dtype: torch.dtype) -> None:
+@cuda_cases.each_case
+def test_against_cudnn(strategy: str, mode: str, form: str, dtype: torch.dtype) -> None:
     call = cuda_cases.Call(mode, dtype, **cuda_cases.FORMS[form])
     cuda_cases.check(torch.ops.fusedrnn, call, "cuda")
 

@@ -61,3 +61,27 @@ def test_shapes_on_a_gpu(cell: str) -> None:
             assert y.shape == (T, B, HIDDEN)
         with pytest.raises(ValueError, match="reset must be on input's device cuda:0, got cpu"):
             function(x, hx, params, num_layers=2, reset=torch.ones(T, B).bool())
+
+
+@pytest.mark.parametrize("strategy", ["", "auto"], indirect=True)
+def test_the_strategy_that_is_chosen(strategy: str) -> None:
+    """No GPU has timed one_cta yet: it is on where it is asked for."""
+    for net in (fusedrnn.LSTM(3, 4), fusedrnn.GRU(3, 500), fusedrnn.LSTM(3, 4, proj_size=2)):
+        assert fusedrnn.cuda_strategy(net) == "per_step"
+
+
+def test_a_strategy_that_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest, projected = fusedrnn.GRU(3, 128), fusedrnn.LSTM(3, 4, proj_size=2)
+    monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", "per_step")
+    assert fusedrnn.cuda_strategy(projected) == "per_step"
+    monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", "one_cta")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert fusedrnn.cuda_strategy(largest, dtype) == "one_cta"
+    for net, dtype in ((largest, torch.float64), (projected, None), (fusedrnn.RNN(3, 129), None)):
+        with pytest.raises(ValueError, match="FUSEDRNN_CUDA_STRATEGY: one_cta needs hidden_size"):
+            fusedrnn.cuda_strategy(net, dtype)
+    monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", "fastest")
+    with pytest.raises(ValueError, match="expected auto, per_step or one_cta, got fastest"):
+        fusedrnn.cuda_strategy(largest)
+    with pytest.raises(TypeError, match=r"module: expected fusedrnn\.RNN"):
+        fusedrnn.cuda_strategy(torch.nn.LSTM(3, 4))

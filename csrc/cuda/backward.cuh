@@ -42,19 +42,20 @@ struct SavedUnit {
 template <Cell kCell, class E, class S = Arithmetic<E>>
 FUSEDRNN_HD SavedUnit<S> saved_unit(const ForwardSaved<E>& from, const Step& step, int64_t row,
                                     int64_t unit, bool with_h_prev) {
+  constexpr bool lstm = kCell == Cell::kLstm, gru = kCell == Cell::kGru;
   SavedUnit<S> s{};
   const int64_t at = step.now.first + row;
-  if constexpr (saved_blocks(kCell) > 1) {
+  if constexpr (lstm || gru) {
     const E* gates = from.gates + at * from.gates_stride + unit;
     for (int block = 0; block < 4; ++block)
       s.gates[block] = load(gates + block * from.hidden_padded);
   }
-  if constexpr (has_cell_state(kCell)) {
+  if constexpr (lstm) {
     s.c = from.cells[at * from.cells_stride + unit];
     s.c_prev = entering(step, row, from.cells, from.cells_stride, from.c0, from.hidden, unit);
   }
-  if constexpr (saved_blocks(kCell) == 1) s.h = load(from.y + at * from.y_stride + unit);
-  if (with_h_prev || kCell == Cell::kGru) {
+  if constexpr (!lstm && !gru) s.h = load(from.y + at * from.y_stride + unit);
+  if (with_h_prev || gru) {
     s.h_prev = entering(step, row, from.y, from.y_stride, from.h0, from.hidden, unit);
   }
   if (from.dy != nullptr) s.dy = load(from.dy + at * from.y_stride + unit);

@@ -176,7 +176,9 @@ class BackwardRun {
   // As the kernels of the strategy want it: its gates in the order of the hidden side.
   at::Tensor recurrent_weight(int d) const {
     const at::Tensor w_hh = hidden_order(param(d, 1));
-    return strategy_ == Strategy::kOneCta ? w_hh.t().contiguous() : w_hh;
+    if (strategy_ == Strategy::kPerStep) return w_hh;
+    const int64_t hidden = sizes_.hidden;
+    return one_cta_weight(w_hh.view({1, blocks_.gates, hidden, hidden}).permute({0, 3, 1, 2}));
   }
 
   // Takes how many rows product_ has; gives how many it has after the part.

@@ -115,6 +115,10 @@ class Walk {
   at::Tensor lengths_, reset_;
 };
 
+// For OneCtaForward and OneCtaBackward: w (a, H, c, H) with zeros up to (a, U, c, U). A matrix that
+// is so already is not copied.
+at::Tensor one_cta_weight(const at::Tensor& w);
+
 // The most steps of a part of time: a kernel for many steps gets their rows as parameters.
 inline int64_t most_steps(Strategy strategy) {
   return strategy == Strategy::kOneCta ? kMostSteps : std::numeric_limits<int64_t>::max() / 2;

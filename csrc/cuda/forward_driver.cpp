@@ -66,6 +66,10 @@ class ForwardRun {
       p.b_hh = param(3);
     }
     if (sizes_.projected) p.w_hr = param(layer_.has_biases ? 4 : 2);
+    if (strategy_ == Strategy::kOneCta) {
+      const int64_t hidden = sizes_.hidden;
+      p.w_hh = one_cta_weight(p.w_hh.view({gate_blocks(layer_.cell), hidden, 1, hidden}));
+    }
     return p;
   }
   static at::Tensor first(const at::Tensor& t, int64_t rows) {

@@ -17,7 +17,7 @@ struct OneCtaBackwardBody {
   OneCtaBackward<E> p;
 
   FUSEDRNN_D void operator()(const Block& block) const {
-    const Weights weights(block, {p.w_hh, p.hidden});
+    const Weights weights(block, p.w_hh);
     const int64_t row = block.index() * kRows + weights.row(), unit = weights.unit();
     const bool mine = weights.is_owner() && row < p.part.order.batch && unit < p.hidden;
     const int64_t at = row * p.hidden + unit;

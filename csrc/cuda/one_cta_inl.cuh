@@ -7,12 +7,11 @@
 
 namespace fusedrnn {
 
-// Units are rounded up to 64 or 128: with fewer, a step takes hardly less time.
 template <template <Cell, class, int> class Body, class E, class Params>
 void launch_one_cta(Cell cell, const Params& p, Stream stream) {
   const auto run = [&]<Cell kCell>() {
     const int64_t rows = p.part.rows(p.part.begin).count;  // no step has more
-    if (p.hidden <= 64) {
+    if (one_cta_units(p.hidden) == 64) {
       launch_blocks(Body<kCell, E, 64>{p}, rows, stream);
     } else {
       launch_blocks(Body<kCell, E, 128>{p}, rows, stream);

@@ -1,11 +1,11 @@
 // W v for a W that stays in a CTA: in its registers, and what does not fit there in its shared
 // memory.
 //
-// W has kTiles * H rows and kBlocks * H columns, H <= kUnits: forward W_hh (kTiles gates, one
-// block), in back-propagation its transpose (one tile, kBlocks gates). Units beyond H are zeros. A
-// CTA has kRows rows of the batch, a thread one row and one unit: it hands in that unit's values of
-// v (put), meets the others at a barrier, and gets that unit's sums, one a tile (run). v has two
-// buffers, taken in turns: one barrier between put and run is enough.
+// W is (kTiles, kUnits, kBlocks, kUnits), aligned to 16 bytes: forward W_hh (kTiles gates, one
+// block), in back-propagation its transpose (one tile, kBlocks gates), with zeros for the units
+// beyond hidden_size. A CTA has kRows rows of the batch, a thread one row and one unit: it hands in
+// that unit's values of v (put), meets the others at a barrier, and gets that unit's sums, one a
+// tile (run). v has two buffers, taken in turns: one barrier between put and run is enough.
 //
 // Sums are float32 in a fixed order.
 #pragma once
@@ -20,45 +20,13 @@ namespace fusedrnn {
 // 16 bytes, the widest load.
 template <class V>
 struct alignas(16) Piece {
-  static constexpr int kValues = 16 / sizeof(V);
-  V value[kValues];
+  V value[16 / sizeof(V)];
 };
 
-// Eight values of half precision as four registers.
-template <class E>
-FUSEDRNN_D Piece<uint32_t> as_words(const Piece<E>& piece) {
-  Piece<uint32_t> words;
-  FUSEDRNN_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    words.value[i] = piece.value[2 * i].bits | uint32_t{piece.value[2 * i + 1].bits} << 16;
-  }
-  return words;
+template <class V>
+FUSEDRNN_D Piece<V> piece_of(const void* aligned) {
+  return *static_cast<const Piece<V>*>(aligned);
 }
-
-// The matrix W of a product in the caller's memory, row-major, read with zeros beyond its units.
-template <class E, int kBlocks>
-struct Matrix {
-  const E* values;
-  int64_t hidden;
-
-  // Piece::kValues values of one row from column k of a block on.
-  FUSEDRNN_D Piece<E> piece(int tile, int64_t unit, int block, int64_t k) const {
-    constexpr int kValues = Piece<E>::kValues;
-    Piece<E> p;
-    const E* from = values + ((tile * hidden + unit) * kBlocks + block) * hidden + k;
-    if (unit < hidden && k + kValues <= hidden && hidden % kValues == 0 && aligned()) {
-      return *reinterpret_cast<const Piece<E>*>(from);
-    }
-    FUSEDRNN_UNROLL
-    for (int i = 0; i < kValues; ++i) {
-      p.value[i] = unit < hidden && k + i < hidden ? from[i] : E{};
-    }
-    return p;
-  }
-
- private:
-  FUSEDRNN_D bool aligned() const { return reinterpret_cast<uintptr_t>(values) % 16 == 0; }
-};
 
 // ---- half precision, on tensor cores ------------------------------------------------------------
 
@@ -70,7 +38,7 @@ class MmaProduct {
   static constexpr int kThreads = kUnits / kTileUnits * kWarp;
   static constexpr int kSharedBytes = 2 * kRows * (kBlocks * kUnits + 32) * int{sizeof(E)};
 
-  FUSEDRNN_D MmaProduct(const Block& block, Matrix<E, kBlocks> w)
+  FUSEDRNN_D MmaProduct(const Block& block, const E* w)
       : block_(block), lane_(lane_of(block.thread())) {
     const int first = block.thread() / kWarp * kTileUnits + lane_.group;
     FUSEDRNN_UNROLL
@@ -79,9 +47,10 @@ class MmaProduct {
       for (int b = 0; b < kBlocks; ++b) {
         FUSEDRNN_UNROLL
         for (int s = 0; s < kDepths; ++s) {
-          const int k = s * kTileDepth + lane_depth(lane_);
-          const Piece<uint32_t> low = as_words(w.piece(t, first, b, k));
-          const Piece<uint32_t> high = as_words(w.piece(t, first + 8, b, k));
+          const E* from = w + ((t * kUnits + first) * kBlocks + b) * kUnits + s * kTileDepth +
+                          lane_depth(lane_);
+          const auto low = piece_of<uint32_t>(from);
+          const auto high = piece_of<uint32_t>(from + 8 * kBlocks * kUnits);
           FUSEDRNN_UNROLL
           for (int half = 0; half < 2; ++half) {
             uint32_t (&a)[4] = w_[t][b][s][half];
@@ -113,8 +82,7 @@ class MmaProduct {
     for (int s = 0; s < kDepths; ++s) {
       FUSEDRNN_UNROLL
       for (int b = 0; b < kBlocks; ++b) {
-        const Piece<uint32_t> v =
-            *reinterpret_cast<const Piece<uint32_t>*>(from + b * kUnits + s * kTileDepth);
+        const auto v = piece_of<uint32_t>(from + b * kUnits + s * kTileDepth);
         FUSEDRNN_UNROLL
         for (int half = 0; half < 2; ++half) {
           FUSEDRNN_UNROLL
@@ -178,15 +146,15 @@ class FmaProduct {
   static constexpr int kSharedBytes =
       (2 * kBlocks * kUnits + (kTurns - kHeld) * kSums * 4 * kThreads) * int{sizeof(float)};
 
-  FUSEDRNN_D FmaProduct(const Block& block, Matrix<float, kBlocks> w)
+  FUSEDRNN_D FmaProduct(const Block& block, const float* w)
       : block_(block), lane_(block.thread() % kLanes) {
     FUSEDRNN_UNROLL
     for (int turn = 0; turn < kTurns; ++turn) {
-      const int k = turn * kTurn + 4 * lane_;
       FUSEDRNN_UNROLL
       for (int sum = 0; sum < kSums; ++sum) {
-        const int unit = first_unit() + (kAcross > 1 ? sum : 0);
-        const Piece<float> p = w.piece(kAcross > 1 ? 0 : sum, unit, k / kUnits, k % kUnits);
+        // The next tile's row of the same unit, or the next unit's.
+        const int row = first_unit() + sum * (kAcross > 1 ? 1 : kUnits);
+        const auto p = piece_of<float>(w + row * kBlocks * kUnits + turn * kTurn + 4 * lane_);
         if (turn < kHeld) {
           w_[turn][sum] = p;
         } else {
@@ -208,8 +176,7 @@ class FmaProduct {
     float c[kSums] = {};
     FUSEDRNN_UNROLL
     for (int turn = 0; turn < kTurns; ++turn) {
-      const Piece<float> v =
-          *reinterpret_cast<const Piece<float>*>(vector(buffer) + turn * kTurn + 4 * lane_);
+      const auto v = piece_of<float>(vector(buffer) + turn * kTurn + 4 * lane_);
       FUSEDRNN_UNROLL
       for (int sum = 0; sum < kSums; ++sum) {
         const Piece<float> w = turn < kHeld ? w_[turn < kHeld ? turn : 0][sum] : *beyond(turn, sum);

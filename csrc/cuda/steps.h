@@ -142,14 +142,18 @@ struct ForwardStep {
   ForwardResults<E> results;
 };
 
-// Many steps of the recurrence, without a projection, for a kernel that keeps W_hh in a CTA.
+// The units that a kernel which keeps W_hh in a CTA has for H hidden ones: with fewer, a step would
+// take hardly less time. Those beyond H have weights of zero.
+inline constexpr int64_t one_cta_units(int64_t hidden) { return hidden <= 64 ? 64 : 128; }
+
+// Many steps of the recurrence, without a projection, for such a kernel; U = one_cta_units.
 template <class E>
 struct OneCtaForward {
   using S = Arithmetic<E>;
   PartOfWalk part;
   int64_t hidden;        // H
   const S* input_gates;  // (part's rows, G*H): W_ih x
-  const E* w_hh;         // (G*H, H)
+  const E* w_hh;         // (G, U, U), aligned to 16 bytes
   const E* b_ih;         // as in ForwardStep, all
   const E* b_hh;
   S* state;
@@ -208,7 +212,7 @@ struct BackwardStep {
   E* h_tilde;   // (step's rows, H): o tanh(c), zeros in padding; null without a projection
 };
 
-// Many steps of back-propagation, without a projection, for a kernel that keeps W_hh in a CTA.
+// Many steps of back-propagation, as OneCtaForward.
 template <class E>
 struct OneCtaBackward {
   using S = Arithmetic<E>;

@@ -63,6 +63,17 @@ int64_t Walk::most_rows(const std::vector<Steps>& parts) const {
   return most;
 }
 
+at::Tensor one_cta_weight(const at::Tensor& w) {
+  const int64_t hidden = w.size(1), units = one_cta_units(hidden);
+  const bool aligned = reinterpret_cast<uintptr_t>(w.const_data_ptr()) % 16 == 0;
+  if (hidden == units && aligned && w.is_contiguous()) return w;
+  const std::vector<int64_t> shape = {w.size(0), units, w.size(2), units};
+  const at::Tensor padded =
+      hidden == units ? at::empty(shape, w.options()) : at::zeros(shape, w.options());
+  padded.narrow(1, 0, hidden).narrow(3, 0, hidden).copy_(w);
+  return padded;
+}
+
 RecurrentPrecision::RecurrentPrecision(const Layer& layer) {
   using at::Float32Backend;
   using at::Float32Op;

@@ -92,6 +92,24 @@ at::Tensor round_trip(const at::Tensor& x, at::ScalarType dtype) {
   return dtype == at::kHalf ? run.operator()<Half>() : run.operator()<BFloat16>();
 }
 
+// A block of 64 threads turns around 64 values, rightly or with a fault.
+at::Tensor reversed_in_block(const std::string& fault) {
+  at::Tensor to = at::empty({64}, at::kFloat);
+  float* out = to.mutable_data_ptr<float>();
+  EmulatedBlock emulated(0, 64, 64 * sizeof(float));
+  emulated.run([&](int thread) {
+    const Block block(emulated, thread);
+    float* shared = reinterpret_cast<float*>(block.shared());
+    shared[thread] = static_cast<float>(thread);
+    float sums[4] = {};
+    if (fault == "two reasons" && thread == 3) block.multiply_add(Half{}, sums, {0, 0, 0, 0}, 0, 0);
+    if (fault == "two reasons" && thread != 3) block.of_lane_across(0, 1);
+    if (fault != "no barrier" && (fault != "a barrier missed" || thread != 5)) block.sync();
+    out[thread] = shared[63 - thread];
+  });
+  return to;
+}
+
 // What multiply() saw since the last call.
 std::vector<int64_t> take_products() {
   const std::vector<bool> seen = std::exchange(products_with_tf32, {});
@@ -116,6 +134,7 @@ TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def("fail_after(int products) -> ()", [](int64_t n) { products_until_failure = n; });
   m.def("set_part_bytes(int bytes) -> ()", [](int64_t bytes) { bytes_of_part = bytes; });
   m.def("take_products() -> int[]", take_products);
+  m.def("reversed_in_block(str fault) -> Tensor", reversed_in_block);
   m.def("set_turns(int turns) -> ()", [](int64_t t) { turns = static_cast<Turns>(t); });
 }
 
