@@ -98,9 +98,12 @@ else
         if command -v compute-sanitizer >/dev/null; then
             # torch's allocator would hide an access beyond a tensor inside its own blocks
             export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-            for tool in memcheck racecheck; do
-                step "sanitizer-$tool" "$(limit sanitizer 90)" compute-sanitizer --tool "$tool" \
-                    --error-exitcode 9 "$python" -m bench.cuda.small_run
+            for strategy in per_step one_cta; do
+                for tool in memcheck racecheck; do
+                    FUSEDRNN_CUDA_STRATEGY=$strategy \
+                        step "$tool-$strategy" "$(limit sanitizer 60)" compute-sanitizer \
+                        --tool "$tool" --error-exitcode 9 "$python" -m bench.cuda.small_run
+                done
             done
             unset PYTORCH_NO_CUDA_MEMORY_CACHING
         else

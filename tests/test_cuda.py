@@ -43,6 +43,21 @@ def test_against_cudnn(strategy: str, mode: str, form: str, dtype: torch.dtype) 
     cuda_cases.check(torch.ops.fusedrnn, call, "cuda")
 
 
+# Sums over many values, and more rows than a block has.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("strategy", "mode"), [w for w in cuda_cases.WAYS if w[0] == "one_cta"], indirect=["strategy"]
+)
+@pytest.mark.parametrize(("batch", "hidden_size"), [(1, 128), (33, 65), (500, 64)])
+def test_sizes_of_one_cta(
+    strategy: str, mode: str, dtype: torch.dtype, batch: int, hidden_size: int
+) -> None:
+    call = cuda_cases.Call(
+        mode, dtype, both=True, batch=batch, hidden_size=hidden_size, steps=20, input_size=96
+    )
+    cuda_cases.check(torch.ops.fusedrnn, call, "cuda")
+
+
 @pytest.mark.parametrize("dtype", cuda_cases.DTYPES, ids=str)
 @pytest.mark.parametrize("mode", cuda_cases.MODES)
 @pytest.mark.parametrize(("batch", "hidden_size"), [(1, 200), (33, 65), (64, 256)])
@@ -51,6 +66,11 @@ def test_sizes_beyond_a_block(mode: str, dtype: torch.dtype, batch: int, hidden_
         mode, dtype, both=True, batch=batch, hidden_size=hidden_size, steps=20, input_size=96
     )
     cuda_cases.check(torch.ops.fusedrnn, call, "cuda")
+
+
+each_strategy = pytest.mark.parametrize("strategy", ["per_step", "one_cta"], indirect=True)
+SINGLE = [(s, d) for s in ("per_step", "one_cta") for d in cuda_cases.DTYPES]
+SINGLE.remove(("one_cta", torch.float64))
 
 
 def net(cell: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -65,7 +85,8 @@ def train(module: nn.Module, x: Tensor, **given: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
-def test_modules(cell: str) -> None:
+@each_strategy
+def test_modules(strategy: str, cell: str) -> None:
     """A stack, both directions, batch_first, hx, PackedSequence: as torch.nn with cuDNN."""
     theirs = getattr(nn, cell)(INPUT, HIDDEN, 2, bidirectional=True, batch_first=True).cuda()
     exact, ours = oracle.twin(theirs, torch.float64).cuda(), oracle.twin(theirs).cuda()
@@ -83,9 +104,9 @@ def test_modules(cell: str) -> None:
         oracle.agree(*found, what=cell)
 
 
-@pytest.mark.parametrize("dtype", cuda_cases.DTYPES, ids=str)
+@pytest.mark.parametrize(("strategy", "dtype"), SINGLE, ids=str, indirect=["strategy"])
 @pytest.mark.parametrize("cell", oracle.CELLS)
-def test_the_same_bits_at_every_run(cell: str, dtype: torch.dtype) -> None:
+def test_the_same_bits_at_every_run(strategy: str, cell: str, dtype: torch.dtype) -> None:
     module = net(cell, dtype, bidirectional=True)
     x = torch.randn(200, 64, INPUT, device="cuda", dtype=dtype)
     first = train(module, x)
@@ -93,7 +114,8 @@ def test_the_same_bits_at_every_run(cell: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
-def test_no_synchronisation(cell: str) -> None:
+@each_strategy
+def test_no_synchronisation(strategy: str, cell: str) -> None:
     """Not in forward nor in backward, with lengths and resets that lie on the GPU."""
     module = net(cell, num_layers=2, bidirectional=True)
     x = torch.randn(T, B, INPUT, device="cuda")
@@ -110,7 +132,8 @@ def test_no_synchronisation(cell: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", oracle.CELLS)
-def test_graph_of_forward(cell: str, dtype: torch.dtype) -> None:
+@each_strategy
+def test_graph_of_forward(strategy: str, cell: str, dtype: torch.dtype) -> None:
     module = net(cell, dtype, bidirectional=True)
     x = torch.randn(T, B, INPUT, device="cuda", dtype=dtype)
     lengths = torch.full((B,), T, device="cuda")
@@ -127,7 +150,8 @@ def test_graph_of_forward(cell: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
-def test_graph_of_a_training_step(cell: str) -> None:
+@each_strategy
+def test_graph_of_a_training_step(strategy: str, cell: str) -> None:
     module = net(cell, num_layers=2)
     plain = copy.deepcopy(module)
     x = torch.randn(T, B, INPUT, device="cuda")
@@ -165,7 +189,8 @@ def warm_up(work: Any) -> None:
 
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
-def test_the_current_stream(cell: str) -> None:
+@each_strategy
+def test_the_current_stream(strategy: str, cell: str) -> None:
     """All work goes to a side stream, and waits for nothing but what that one waits for."""
     module = net(cell, bidirectional=True)
     x = torch.randn(T, B, INPUT, device="cuda")
@@ -194,7 +219,8 @@ def test_another_device() -> None:
         module(x)
 
 
-def test_lengths_out_of_range_stand_for_the_nearest() -> None:
+@each_strategy
+def test_lengths_out_of_range_stand_for_the_nearest(strategy: str) -> None:
     module, x = net("GRU", bidirectional=True), torch.randn(T, B, INPUT, device="cuda")
     wild = torch.tensor([-3, T + 1, 2**40, 2, 0], device="cuda")
     right = train(module, x, lengths=wild.clamp(0, T))
@@ -220,7 +246,8 @@ def test_higher_derivatives(mode: str) -> None:
 
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
-def test_compiled(cell: str) -> None:
+@each_strategy
+def test_compiled(strategy: str, cell: str) -> None:
     module, x = net(cell), torch.randn(T, B, INPUT, device="cuda")
     right = train(module, x)
     found = train(torch.compile(module, fullgraph=True), x)
@@ -239,7 +266,8 @@ def test_autocast(cell: str) -> None:
     assert (y.double() - other.double()).abs().max() <= 2**-6  # bfloat16 keeps 8 bits
 
 
-def test_offsets_beyond_32_bits() -> None:
+@each_strategy
+def test_offsets_beyond_32_bits(strategy: str) -> None:
     """An output of more than 2^31 values ends as a call on its last steps alone does."""
     steps, batch, hidden_size = 2**15 + 3, 2**11, 32
     if torch.cuda.mem_get_info()[0] < 12 << 30:

@@ -168,8 +168,8 @@ def test_no_step_stops_another(house: Path) -> None:
     assert code == 1
     assert summary["probe"].startswith("exit code 1 ")
     assert summary["cudnn"].startswith("exit code 124 "), "its time limit"
-    others = ("machine", "build", "tests", "sanitizer-memcheck", "sanitizer-racecheck", "compare")
-    for name in others:
+    sanitizer = [f"{t}-{s}" for t in ("memcheck", "racecheck") for s in ("per_step", "one_cta")]
+    for name in ("machine", "build", "tests", *sanitizer, "compare"):
         assert summary[name].startswith("exit code 0 "), name
     asked = (house / "asked").read_text()
     assert f"1 -m bench.cuda.compare --out {house}/out --total 270" in asked

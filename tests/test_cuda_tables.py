@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedrnn
 from bench.cuda import cases, compare, cudnn_table, program, timing
 from bench.cuda.cases import Case, Layers
 from bench.shapes import SHAPES, Shape
@@ -25,7 +27,7 @@ def test_the_most_wanted_cases_come_first() -> None:
     assert len(found) == len(set(found))
     assert {c.shape for c in found[:27]} == set(cases.LONG), "LSTM, 3 dtypes, 3 modes"
     plain = {c.shape for c in found if c.layers == Layers()}
-    assert plain == {*SHAPES, *cases.LONG, *cases.AROUND}
+    assert plain == {*SHAPES, *cases.LONG, *cases.SMALL, *cases.AROUND}
     for cell in cudnn_table.MODULES:
         each = [c for c in found if c.cell == cell and c.layers == Layers()]
         assert len(each) == len(plain) * 9
@@ -191,10 +193,39 @@ def test_what_was_measured_is_written_where_it_is_stopped(tmp_path: Path, monkey
 def test_both_take_their_turns(cell: str, mode: str) -> None:
     case = Case(cell, Layers(), SMALL, "float32", mode)
     row = compare.measured(case, timing.HostClock(), "cpu", 0.05)
-    assert list(row.seconds) == ["torch.nn", "fusedrnn"]
+    assert list(row.seconds) == ["torch.nn", "fusedrnn", "one_cta"]
     assert row.ratio > 0
+    assert list(row.forced) == ["one_cta"]
     assert row.rounds >= timing.MIN_ROUNDS
     assert "us/step" in row.figure()
+
+
+@pytest.mark.parametrize("before", [None, "auto", "per_step"])
+def test_strategies_are_forced_while_they_run(monkeypatch, before: str | None) -> None:
+    if before is None:
+        monkeypatch.delenv(compare.VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(compare.VARIABLE, before)
+    asked = []
+    convert = fusedrnn.convert
+
+    def listening(module: torch.nn.Module) -> torch.nn.Module:
+        module = convert(module)
+        module.register_forward_hook(lambda *_: asked.append(os.environ.get(compare.VARIABLE)))
+        return module
+
+    monkeypatch.setattr(compare.fusedrnn, "convert", listening)
+    calls = compare.contestants(CASE, "cpu")
+    assert list(calls) == ["torch.nn", "fusedrnn", "one_cta"]
+    for name, expected in (("fusedrnn", before), ("one_cta", "one_cta")):
+        asked.clear()
+        calls[name]()
+        assert asked == [expected]
+    assert os.environ.get(compare.VARIABLE) == before
+    large = replace(CASE, shape=SMALL._replace(hidden_size=129))
+    assert compare.other_strategies(large) == []
+    monkeypatch.setenv(compare.VARIABLE, "one_cta")
+    assert compare.other_strategies(CASE) == ["per_step"]
 
 
 def test_results_that_differ_are_refused(monkeypatch) -> None:
@@ -241,13 +272,16 @@ def test_turns_are_taken_from_the_front_in_turn() -> None:
 def test_the_comparison_as_a_table(tmp_path: Path) -> None:
     def found(ratio: float, **changes: object) -> compare.Row:
         seconds = {"torch.nn": ratio * 14e-6, "fusedrnn": 14e-6}
-        return compare.Row(replace(CASE, **changes), seconds, ratio, 9)
+        forced = {"one_cta": 5.0} if ratio == 4.0 else {}
+        seconds |= dict.fromkeys(forced, 7e-6)
+        return compare.Row(replace(CASE, **changes), seconds, ratio, 9, forced)
 
     rows = [found(4.0), found(1.0), found(3.0, mode="training"), compare.Row(CASE, {}, error="no")]
     program.save(compare.table(timing.HostClock()), {"gpu": "none"}, rows, tmp_path)
+    assert rows[0].figure() == "8 against 2 us/step, 4.00, one_cta 1, 5.00"
     text = (tmp_path / "cuda.md").read_text()
     assert "| LSTM, one layer | 2.00 (1.00) | - | 3.00 (3.00) | - |" in text
-    assert "| lstm one layer, 3,7,5,4, float32, forward | 8 | 2 | 4.00 |" in text
+    assert "| lstm one layer, 3,7,5,4, float32, forward | 8 | 2 | 4.00 | one_cta 1, 5.00 |" in text
     assert "- lstm one layer, 3,7,5,4, float32, forward: no" in text
     saved = json.loads((tmp_path / "cuda.json").read_text())["results"]
     assert saved[0]["ratio"] == 4.0

@@ -42,6 +42,8 @@ class Case:
 # Published elsewhere, or on either side of a size where cuDNN changes its algorithm.
 LONG = shapes("16,1024,768,768", "64,512,512,512", "128,256,1024,1024")
 AROUND = shapes("64,100,192,192", "64,100,256,256", "64,100,320,320")
+# What one CTA can hold.
+SMALL = shapes("1,100,128,128", "64,100,128,128", "64,100,64,64")
 SPECIAL = shapes("64,100,256,256", "32,100,512,512")
 SPECIALS = (Layers(packed=True), Layers(bidirectional=True), Layers(count=4))
 GATED = ("lstm", "gru")
@@ -50,7 +52,7 @@ GATED = ("lstm", "gru")
 def all_cases() -> Iterator[Case]:
     """No case twice."""
     plain = Layers()
-    wanted = LONG + AROUND
+    wanted = LONG + SMALL + AROUND
     rest = tuple(shape for shape in SHAPES if shape not in wanted)
     # shape by shape, so that a table that was stopped has whole rows
     yield from (Case("lstm", plain, *at) for at in product(wanted, DTYPES, MODES))

@@ -4,16 +4,20 @@
     python -m bench.cuda.compare --out FOLDER --seconds 0.2 --total 240 --cells gru
 
 Writes cuda.md and cuda.json; what has been measured is there also where it is stopped early. A
-ratio is torch.nn's time / fusedrnn's: the median over rounds in which each had its turn.
+ratio is torch.nn's time / fusedrnn's: the median over rounds in which each had its turn. fusedrnn
+chooses how it runs the recurrence; the other ways that can run a case are timed beside it.
 Exit code: 0; 1 where a case failed or fusedrnn's results are far from torch.nn's; 2 where there is
 no GPU, or fusedrnn was built without its CUDA half. float32 is float32, not TF32, on both sides.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +33,8 @@ from .cudnn_table import Call, make_call, three_digits
 from .small_run import far
 from .timing import Clock, Events, in_turns
 
+VARIABLE = "FUSEDRNN_CUDA_STRATEGY"
+STRATEGIES = ("per_step", "one_cta")
 # Of the largest value; sums of many steps in half precision differ by some roundings.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 6e-2, "float16": 1e-2}
 
@@ -37,8 +43,9 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 6e-2, "float16": 1e-2}
 class Row:
     case: Case
     seconds: dict[str, float]  # a call, the median over the rounds, by contestant; empty: failed
-    ratio: float | None = None
+    ratio: float | None = None  # of fusedrnn by its own choice
     rounds: int = 0
+    forced: dict[str, float] = field(default_factory=dict)  # ratios, by strategy
     error: str = ""
 
     def step_microseconds(self, name: str) -> str:
@@ -46,36 +53,87 @@ class Row:
 
     def figure(self) -> str:
         times = " against ".join(self.step_microseconds(name) for name in (TORCH, FUSED))
-        return f"{times} us/step, {self.ratio:.2f}"
+        return f"{times} us/step, {self.ratio:.2f}{self.others(', ')}"
+
+    def others(self, before: str = "") -> str:
+        found = [
+            f"{name} {self.step_microseconds(name)}, {ratio:.2f}"
+            for name, ratio in self.forced.items()
+        ]
+        return before * bool(found) + "; ".join(found)
 
     def record(self) -> dict[str, Any]:
         return asdict(self) | {"case": asdict(self.case) | {"shape": str(self.case.shape)}}
 
 
+@contextmanager
+def strategy(name: str | None) -> Iterator[None]:
+    """Force a strategy; None: as the caller of this program has it."""
+    before = os.environ.get(VARIABLE)
+    if name is not None:
+        os.environ[VARIABLE] = name
+    try:
+        yield
+    finally:
+        if name is not None:
+            os.environ.pop(VARIABLE)
+            if before is not None:
+                os.environ[VARIABLE] = before
+
+
+def by(name: str | None, call: Call) -> Call:
+    def forced() -> list[torch.Tensor]:
+        with strategy(name):
+            return call()
+
+    return forced
+
+
+def other_strategies(case: Case) -> list[str]:
+    """What could run the case, but is not chosen for it."""
+    net = getattr(fusedrnn, case.cell.upper())(1, case.shape.hidden_size)
+    dtype = getattr(torch, case.dtype)
+    chosen, others = fusedrnn.cuda_strategy(net, dtype), []
+    for name in STRATEGIES:
+        with strategy(name):
+            try:
+                runs = fusedrnn.cuda_strategy(net, dtype)
+            except ValueError:  # it cannot
+                continue
+        if runs != chosen:
+            others.append(name)
+    return others
+
+
 def contestants(case: Case, device: str) -> dict[str, Call]:
     """Both libraries' calls, the results of which have been compared."""
-    calls = {
-        TORCH: make_call(case, device),
-        FUSED: make_call(case, device, fusedrnn.convert),
-    }
-    theirs, ours = (calls[name]() for name in (TORCH, FUSED))
-    wrong = [
-        i
-        for i, (found, expected) in enumerate(zip(ours, theirs, strict=True))
-        if far(found, expected, TOLERANCES[case.dtype])
-    ]
-    if wrong:
-        raise ValueError(f"results {wrong} of {len(theirs)} are far from torch.nn's")
+    calls = {TORCH: make_call(case, device)}
+    for name, forced in {FUSED: None, **{name: name for name in other_strategies(case)}}.items():
+        with strategy(forced):
+            calls[name] = by(forced, make_call(case, device, fusedrnn.convert))
+    theirs = calls[TORCH]()
+    for name in calls:
+        wrong = [
+            i
+            for i, (found, expected) in enumerate(zip(calls[name](), theirs, strict=True))
+            if far(found, expected, TOLERANCES[case.dtype])
+        ]
+        if wrong:
+            raise ValueError(f"results {wrong} of {len(theirs)} of {name} are far from torch.nn's")
     return calls
 
 
 def measured(case: Case, clock: Clock, device: str, bound: float) -> Row:
     found = in_turns(contestants(case, device), clock, bound)
-    ratio = statistics.median(
-        theirs / ours for theirs, ours in zip(found[TORCH], found[FUSED], strict=True)
-    )
+    ratios = {
+        name: statistics.median(
+            theirs / ours for theirs, ours in zip(found[TORCH], found[name], strict=True)
+        )
+        for name in found
+        if name != TORCH
+    }
     seconds = {name: statistics.median(times) for name, times in found.items()}
-    return Row(case, seconds, ratio, len(found[FUSED]))
+    return Row(case, seconds, ratios.pop(FUSED), len(found[FUSED]), ratios)
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -113,15 +171,16 @@ def markdown(header: dict[str, str], rows: list[Row]) -> str:
         "",
         *summary(rows),
         "",
-        "Microseconds a time step, all layers and directions together.",
+        "Microseconds a time step, all layers and directions together; at the end the same, and",
+        "the ratio, of what could run the case too, but was not chosen.",
         "",
-        f"| case | {TORCH} | {FUSED} | ratio |",
-        "|:--|--:|--:|--:|",
+        f"| case | {TORCH} | {FUSED} | ratio | |",
+        "|:--|--:|--:|--:|:--|",
     ]
     for row in rows:
         if row.ratio is not None:
             figures = " | ".join(row.step_microseconds(name) for name in (TORCH, FUSED))
-            lines.append(f"| {row.case} | {figures} | {row.ratio:.2f} |")
+            lines.append(f"| {row.case} | {figures} | {row.ratio:.2f} | {row.others()} |")
     return "\n".join([*lines, "", *program.failures(rows)])
 
 

@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck python -m bench.cuda.small_run
 
-Exit code: 0; 1 where a result is far from torch.nn's; 2 where there is no GPU; 3 where fusedrnn
-raises, as it does where it has no CUDA half.
+FUSEDRNN_CUDA_STRATEGY forces the kernels that are run. Exit code: 0; 1 where a result is far from
+torch.nn's; 2 where there is no GPU; 3 where fusedrnn raises, as it does where it has no CUDA half.
 """
 
 from __future__ import annotations
