@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Compile the CUDA half with nvcc, where nvcc is on PATH, and throw the objects away: no GPU needed.
+# A kernel that spills registers is an error.
 #
 # Usage: compile_cuda.sh [PYTHON]
 #   PYTHON  an interpreter with torch, for csrc/cuda/ops_cuda.cpp (.venv/bin/python). A torch
@@ -25,10 +26,12 @@ for a in $arch; do
     gencode="$gencode -gencode arch=compute_$a,code=sm_$a"
 done
 warnings="-Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-psabi,-Werror"
+# What a kernel keeps in registers must fit there, and be indexed by constants.
+registers="-Xptxas --warn-on-spills,--warn-on-local-memory-usage"
 
 commands=()
 for file in csrc/cuda/*.cu; do
-    commands+=("nvcc -std=c++20 -O3 $gencode $warnings -Icsrc -c $file -o $out/$(basename "$file").o")
+    commands+=("nvcc -std=c++20 -O3 $gencode $warnings $registers -Icsrc -c $file -o $out/$(basename "$file").o")
 done
 if torch=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)'); then
     mkdir -p "$out/stub/c10/cuda/impl"

@@ -9,6 +9,7 @@
 #ifdef __CUDACC__
   #define FUSEDRNN_D __device__ __forceinline__
   #define FUSEDRNN_UNROLL _Pragma("unroll")
+  #define FUSEDRNN_ONE_BY_ONE _Pragma("unroll 1")
 
 namespace fusedrnn {
 
@@ -53,5 +54,6 @@ class Block {
 #else
   #define FUSEDRNN_D inline
   #define FUSEDRNN_UNROLL
+  #define FUSEDRNN_ONE_BY_ONE
   #include "emulated_block.h"
 #endif

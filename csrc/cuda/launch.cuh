@@ -51,7 +51,7 @@ void launch(const Body& body, int64_t rows, int64_t units, Stream stream) {
 
 // A grid constant: parameters that are indexed stay where they are.
 template <class Body>
-__global__ void __launch_bounds__(Body::kThreads) in_blocks(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(Body::kThreads, 1) in_blocks(const __grid_constant__ Body body) {
   body(Block());
 }
 

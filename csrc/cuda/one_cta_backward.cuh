@@ -18,7 +18,8 @@ struct OneCtaBackwardBody {
 
   FUSEDRNN_D void operator()(const Block& block) const {
     const Weights weights(block, p.w_hh);
-    const int64_t row = block.index() * kRows + weights.row(), unit = weights.unit();
+    const int64_t row = block.index() * kRows + weights.row();
+    const int unit = weights.unit();
     const bool mine = weights.is_owner() && row < p.part.order.batch && unit < p.hidden;
     const int64_t at = row * p.hidden + unit;
     S direct = mine ? p.direct[at] : S(0), dc = mine && p.dc ? p.dc[at] : S(0);
@@ -58,7 +59,7 @@ struct OneCtaBackwardBody {
     SavedUnit<S> saved;
   };
 
-  FUSEDRNN_D Given given(bool mine, int64_t row, int64_t unit, int64_t i) const {
+  FUSEDRNN_D Given given(bool mine, int64_t row, int unit, int64_t i) const {
     const Step step = p.part.step(p.part.walked_back(i));
     Given g{};
     if (!mine || row >= step.now.count) return g;
@@ -71,7 +72,7 @@ struct OneCtaBackwardBody {
     return g;
   }
 
-  FUSEDRNN_D void put(const Given& now, int64_t unit, const UnitGradient<S>& d) const {
+  FUSEDRNN_D void put(const Given& now, int unit, const UnitGradient<S>& d) const {
     FUSEDRNN_UNROLL
     for (int block = 0; block < kBlocks.count; ++block) {
       store(p.dgates + (now.row * kBlocks.count + block) * p.hidden + unit, d.dgates[block]);

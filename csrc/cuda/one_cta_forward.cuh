@@ -21,7 +21,8 @@ struct OneCtaForwardBody {
 
   FUSEDRNN_D void operator()(const Block& block) const {
     const Weights weights(block, p.w_hh);
-    const int64_t row = block.index() * kRows + weights.row(), unit = weights.unit();
+    const int64_t row = block.index() * kRows + weights.row();
+    const int unit = weights.unit();
     const bool mine = weights.is_owner() && row < p.part.order.batch && unit < p.hidden;
     const int64_t at = row * p.hidden + unit;
     S b_ih[kGates] = {}, b_hh[kGates] = {};
@@ -72,7 +73,7 @@ struct OneCtaForwardBody {
     S input[kGates];  // W_ih x
   };
 
-  FUSEDRNN_D Given given(bool mine, int64_t row, int64_t unit, int64_t i) const {
+  FUSEDRNN_D Given given(bool mine, int64_t row, int unit, int64_t i) const {
     const Step step = p.part.step(p.part.walked(i));
     Given g{};
     if (!mine || row >= step.now.count) return g;

@@ -136,7 +136,7 @@ class FmaProduct {
   static constexpr int kLanes = kThreads * kAcross / kUnits;
   static constexpr int kTurn = 4 * kLanes;
   static constexpr int kTurns = kBlocks * kUnits / kTurn;  // a thread has 4 values of each
-  // What registers hold beside all else that a thread needs: 255 are all there are.
+  // For weights, beside all else that a thread needs: 255 are all there are.
   static constexpr int kRegisters = 192;
   static constexpr int kHeld = kTurns * kSums * 4 <= kRegisters ? kTurns : kRegisters / (kSums * 4);
   static_assert(kUnits % kTurn == 0 || kTurn % kUnits == 0);
@@ -174,15 +174,18 @@ class FmaProduct {
 
   FUSEDRNN_D void run(int buffer, float (&sums)[kTiles]) const {
     float c[kSums] = {};
+    const float* v = vector(buffer) + 4 * lane_;
     FUSEDRNN_UNROLL
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const auto v = piece_of<float>(vector(buffer) + turn * kTurn + 4 * lane_);
+    for (int turn = 0; turn < kHeld; ++turn) {
+      add(c, w_[turn], piece_of<float>(v + turn * kTurn));
+    }
+    // One by one: all at once they would take the registers of the others.
+    FUSEDRNN_ONE_BY_ONE
+    for (int turn = kHeld; turn < kTurns; ++turn) {
+      Piece<float> w[kSums];
       FUSEDRNN_UNROLL
-      for (int sum = 0; sum < kSums; ++sum) {
-        const Piece<float> w = turn < kHeld ? w_[turn < kHeld ? turn : 0][sum] : *beyond(turn, sum);
-        FUSEDRNN_UNROLL
-        for (int i = 0; i < 4; ++i) c[sum] += w.value[i] * v.value[i];
-      }
+      for (int sum = 0; sum < kSums; ++sum) w[sum] = *beyond(turn, sum);
+      add(c, w, piece_of<float>(v + turn * kTurn));
     }
     FUSEDRNN_UNROLL
     for (int mask = 1; mask < kLanes; mask *= 2) {
@@ -202,6 +205,14 @@ class FmaProduct {
   FUSEDRNN_D int first_unit() const { return block_.thread() / kLanes * kAcross; }
   FUSEDRNN_D float* vector(int buffer) const {
     return reinterpret_cast<float*>(block_.shared()) + buffer * kBlocks * kUnits;
+  }
+  static FUSEDRNN_D void add(float (&c)[kSums], const Piece<float> (&w)[kSums],
+                             const Piece<float>& v) {
+    FUSEDRNN_UNROLL
+    for (int sum = 0; sum < kSums; ++sum) {
+      FUSEDRNN_UNROLL
+      for (int i = 0; i < 4; ++i) c[sum] += w[sum].value[i] * v.value[i];
+    }
   }
   // A thread's own weights in shared memory, 16 bytes beside those of the next thread.
   FUSEDRNN_D Piece<float>* beyond(int turn, int sum) const {
