@@ -76,6 +76,9 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_
   Tile<typename F::Sum, R, NV * Panels> tile;
   multiply<F, NV>(tile, a, way * a_step, packed + panel * panel_size + first * b_step, way * b_step,
                   panel_size, k);
+  // From here on a tall tile lies in memory. Without this, g++ 12 lets some of the sums lose their
+  // registers to the epilogue's values inside the loop, which then adds to memory.
+  if constexpr (R > 2) asm volatile("" : "+m"(tile));
   epilogue(tile, row, panel);
 }
 
