@@ -71,7 +71,6 @@ bool everyday(const variable_list& cotangents) {
 
 // The tensor with an axis of one step, or of one direction and layer, in front, or without it.
 at::Tensor lifted(const at::Tensor& t) { return t.defined() ? t.unsqueeze(0) : t; }
-OptionalTensor lifted(const OptionalTensor& t) { return t ? OptionalTensor(lifted(*t)) : t; }
 at::Tensor lowered(const at::Tensor& t) { return t.defined() ? t.squeeze(0) : t; }
 
 struct Saved {
@@ -103,23 +102,30 @@ variable_list everyday_gradients(const Saved& s, const variable_list& cotangents
   return gradients;
 }
 
-// The same, composed in Python.
-variable_list composed_gradients(const Saved& s, const variable_list& cotangents,
-                                 const std::vector<bool>& wanted) {
+// The same, composed in Python, which knows no layer without its axis of steps.
+variable_list composed_gradients(Saved s, variable_list cotangents, const std::vector<bool>& wanted,
+                                 bool one_step) {
+  if (one_step) {
+    for (const int i : {Saved::kX, Saved::kH0, Saved::kC0, Saved::kY}) {
+      s.tensors[i] = lifted(s.tensors[i]);
+    }
+    for (at::Tensor& t : cotangents) t = lifted(t);
+  }
+  variable_list gradients;
   const pybind11::gil_scoped_acquire gil;
   try {
     const auto python = pybind11::module_::import("fusedrnn._layer").attr("layer_backward");
     const auto found = python(s.mode, s.has_biases, s.bidirectional, wanted, cotangents, s.tensors)
                            .cast<std::vector<OptionalTensor>>();
-    variable_list gradients;
     for (const OptionalTensor& t : found) gradients.push_back(tensor_or_undefined(t));
-    return gradients;
   } catch (pybind11::error_already_set& error) {
     error.restore();
     python_error raised;  // the engine carries it over to the thread that called backward
     raised.persist();
     throw raised;
   }
+  for (int i = 0; one_step && i < 3; ++i) gradients[i] = lowered(gradients[i]);
+  return gradients;
 }
 
 // x, h0, c0 and params are arguments of their own, beside `in`, as autograd sees direct ones alone.
@@ -130,30 +136,23 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
                                at::TensorList params, const LayerInputs& in, bool has_biases,
                                bool bidirectional, bool one_step) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto whole = [&](const auto& t) { return one_step ? lifted(t) : t; };
     auto [y, h_n, c_n, gates, cells] =
-        forward_op()(mode, whole(x), in.lengths, in.batch_sizes, in.reset, whole(h0), whole(c0),
-                     params, has_biases, bidirectional, /*save=*/true);
+        forward_op()(mode, x, in.lengths, in.batch_sizes, in.reset, h0, c0, params, has_biases,
+                     bidirectional, /*save=*/true);
     variable_list saved = {x,
                            tensor_or_undefined(in.lengths),
                            tensor_or_undefined(in.batch_sizes),
                            tensor_or_undefined(in.reset),
                            tensor_or_undefined(h0),
                            tensor_or_undefined(c0),
-                           y,
+                           one_step ? h_n : y,
                            gates,
                            cells};
     saved.insert(saved.end(), params.begin(), params.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["mode"] = mode;
-    ctx->saved_data["has_biases"] = has_biases;
-    ctx->saved_data["bidirectional"] = bidirectional;
-    ctx->saved_data["one_step"] = one_step;
+    ctx->saved_data["options"] = int64_t{has_biases} | bidirectional << 1 | one_step << 2;
     ctx->set_materialize_grads(false);
-    if (one_step) {
-      h_n = lowered(h_n);
-      if (mode == "LSTM") c_n = lowered(c_n);
-    }
     if (mode != "LSTM") ctx->mark_non_differentiable({c_n});
     if (one_step) return {h_n, c_n};
     return {y, h_n, c_n};
@@ -161,9 +160,10 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto defined = [](const at::Tensor& t) { return t.defined(); };
-    Saved saved{ctx->saved_data["mode"].toStringRef(), ctx->saved_data["has_biases"].toBool(),
-                ctx->saved_data["bidirectional"].toBool(), ctx->get_saved_variables()};
-    const bool one_step = ctx->saved_data["one_step"].toBool();
+    const int64_t options = ctx->saved_data["options"].toInt();
+    const bool one_step = (options & 4) != 0;
+    const Saved saved{ctx->saved_data["mode"].toStringRef(), (options & 1) != 0, (options & 2) != 0,
+                      ctx->get_saved_variables()};
     // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional,
     // one_step.
     variable_list result(saved.params().size() + 8);
@@ -175,18 +175,11 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
     };
     for (const int index : {Saved::kX, Saved::kH0, Saved::kC0}) ask(saved.tensors[index]);
     for (const at::Tensor& param : saved.params()) ask(param);
-    const auto gradients_of = everyday(cotangents) ? everyday_gradients : composed_gradients;
-    variable_list gradients;
-    if (one_step) {
-      for (const int index : {Saved::kX, Saved::kH0, Saved::kC0}) {
-        saved.tensors[index] = lifted(saved.tensors[index]);
-      }
-      gradients =
-          gradients_of(saved, {at::Tensor(), lifted(cotangents[0]), lifted(cotangents[1])}, wanted);
-      for (int i = 0; i < 3; ++i) gradients[i] = lowered(gradients[i]);
-    } else {
-      gradients = gradients_of(saved, cotangents, wanted);
-    }
+    const variable_list of_outputs =
+        one_step ? variable_list{at::Tensor(), cotangents[0], cotangents[1]} : cotangents;
+    variable_list gradients = everyday(cotangents)
+                                  ? everyday_gradients(saved, of_outputs, wanted)
+                                  : composed_gradients(saved, of_outputs, wanted, one_step);
     std::move(gradients.begin(), gradients.end(), result.begin() + 1);
     return result;
   }
@@ -262,11 +255,10 @@ std::optional<std::tuple<at::Tensor, at::Tensor>> cell_step(
   const std::array<int64_t, 2> state = {x.size(0), params[1].size(1)};
   if (!suits(h, state, x) || !suits(c, state, x)) return std::nullopt;
   if (!records(x, h, c, params)) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [y, h_n, c_n, gates, cells] =
-        forward_op()(mode, lifted(x), std::nullopt, std::nullopt, std::nullopt, lifted(h),
-                     lifted(c), params, has_biases, false, /*save=*/false);
-    return std::tuple{lowered(h_n), mode == "LSTM" ? lowered(c_n) : c_n};
+        forward_op()(mode, x, std::nullopt, std::nullopt, std::nullopt, h, c, params, has_biases,
+                     false, /*save=*/false);
+    return std::tuple{std::move(h_n), std::move(c_n)};
   }
   const OptionalTensor none;
   const LayerInputs in{x, none, none, none, h, c, params};

@@ -31,14 +31,22 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
       directions(bidirectional ? 2 : 1),
       has_biases(has_biases),
       packed(in.batch_sizes.has_value()),
+      one_step(!packed && in.x.dim() == 2),
       dtype(in.x.scalar_type()) {
   const at::Tensor& x = in.x;
   TORCH_CHECK_TYPE(
       dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
       "x: expected a float32, float64, bfloat16 or float16 tensor, got ", dtype);
   accumulate = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_VALUE(x.dim() == (packed ? 2 : 3), "x: expected shape ",
-                    packed ? "(N, input_size)" : "(T, B, input_size)", ", got ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() == (packed || one_step ? 2 : 3), "x: expected shape ",
+                    packed ? "(N, input_size)" : "(T, B, input_size) or (B, input_size)", ", got ",
+                    x.sizes());
+  TORCH_CHECK_VALUE(!one_step || (!bidirectional && !in.lengths && !in.reset),
+                    "x: expected shape (T, B, input_size) with ",
+                    bidirectional ? "two directions"
+                    : in.lengths  ? "lengths"
+                                  : "reset",
+                    ", got ", x.sizes());
 
   const int biases = has_biases ? 2 : 0;
   const int64_t count = static_cast<int64_t>(in.params.size());
@@ -95,8 +103,8 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
     TORCH_CHECK_VALUE(sum == rows, "batch_sizes: expected a sum of ", rows,
                       " like the rows of x, got ", sum);
   } else {
-    steps = x.size(0);
-    batch = x.size(1);
+    steps = one_step ? 1 : x.size(0);
+    batch = x.size(-2);
     rows = steps * batch;
     TORCH_CHECK_VALUE(steps > 0, "x: expected a sequence length larger than 0, got shape ",
                       x.sizes());
@@ -113,17 +121,22 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
     TORCH_CHECK_VALUE(in.reset->sizes() == at::IntArrayRef({steps, batch}),
                       "reset: expected shape [", steps, ", ", batch, "], got ", in.reset->sizes());
   }
-  if (in.h0) check_like("h0", *in.h0, {directions, batch, sizes.output}, x);
+  if (in.h0) check_like("h0", *in.h0, state_shape(sizes.output), x);
   if (in.c0) {
     TORCH_CHECK_VALUE(has_cell_state(cell), "c0: only the LSTM has a cell state");
-    check_like("c0", *in.c0, {directions, batch, sizes.hidden}, x);
+    check_like("c0", *in.c0, state_shape(sizes.hidden), x);
   }
 }
 
-std::vector<int64_t> Layer::y_shape() const {
+Layer::Shape Layer::y_shape() const {
   const int64_t width = directions * sizes.output;
-  if (packed) return {rows, width};
+  if (packed || one_step) return {rows, width};
   return {steps, batch, width};
+}
+
+Layer::Shape Layer::state_shape(int64_t units) const {
+  if (one_step) return {batch, units};
+  return {directions, batch, units};
 }
 
 int64_t Layer::saved_width() const {
@@ -166,9 +179,9 @@ void check_backward(const Layer& layer, const BackwardInputs& in, const c10::Lis
   const int64_t units = layer.sizes.hidden_padded();
   like_x("dy", in.dy, layer.y_shape());
   like_x("y", in.y, layer.y_shape());
-  like_x("dh_n", in.dh_n, {d, layer.batch, layer.sizes.output});
+  like_x("dh_n", in.dh_n, layer.state_shape(layer.sizes.output));
   if (has_cell_state(layer.cell)) {
-    like_x("dc_n", in.dc_n, {d, layer.batch, layer.sizes.hidden});
+    like_x("dc_n", in.dc_n, layer.state_shape(layer.sizes.hidden));
     check("cells", in.cells, {layer.rows, d, units}, layer.accumulate, saved);
   }
   if (saved_blocks(layer.cell) > 1) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/SmallVector.h>
 
 #include <optional>
 #include <string>
@@ -49,6 +50,7 @@ struct Layer {
   int params_per_direction;
   bool has_biases;
   bool packed;    // x is (N, I) with batch_sizes
+  bool one_step;  // x is (B, I), states (B, .): no axes of steps and directions
   int64_t steps;  // T
   int64_t batch;  // B
   int64_t rows;   // rows of x: T * B, or N
@@ -62,7 +64,14 @@ struct Layer {
   const at::Tensor& param(at::TensorList params, int direction, int index) const {
     return params[direction * params_per_direction + index];
   }
-  std::vector<int64_t> y_shape() const;
+  using Shape = c10::SmallVector<int64_t, 3>;
+  Shape y_shape() const;
+  // Of h0, h_n and their gradients with units = P, of c0 and c_n with H.
+  Shape state_shape(int64_t units) const;
+  // One direction's rows of those.
+  at::Tensor of_direction(const at::Tensor& states, int direction) const {
+    return one_step ? states : states.select(0, direction);
+  }
   // Values of one direction in a row of the saved gates, whose blocks are hidden_padded apart.
   int64_t saved_width() const;
 };
@@ -82,7 +91,8 @@ void check_backward(const Layer& layer, const BackwardInputs& in, const c10::Lis
 
 // Where each row of each step lies, see Schedule; and the resets per direction in packed order.
 struct ScheduleStorage {
-  std::vector<int64_t> rows, row0, io_row, order;
+  c10::SmallVector<int64_t, 8> rows, row0;  // a short call allocates nothing
+  std::vector<int64_t> io_row, order;
   std::vector<uint8_t> reset[2];
   bool has_empty_rows = false;  // some length is 0
   bool padded = false;          // some (step, row) pair of x is padding

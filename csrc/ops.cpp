@@ -6,7 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
-#include "autograd.h"
+#include "calls_py.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "layer.h"
@@ -61,7 +61,9 @@ void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 
 // One whole layer, all its directions.
 //
-//   x       (T, B, I), or (N, I) with batch_sizes; contiguous memory is made where needed
+//   x       (T, B, I), or (N, I) with batch_sizes; contiguous memory is made where needed. (B, I)
+//           is a single step of one direction, whose states and their gradients are (B, .) too;
+//           y is then (0), and backward takes h_n in its place
 //   lengths (B) int64; batch_sizes (T) int64 on the CPU; reset (T, B) bool
 //   h0      (D, B, P); c0 (D, B, H), LSTM; absent: zeros
 //   params  per direction w_ih, w_hh, [b_ih, b_hh], [w_hr]
@@ -114,12 +116,7 @@ PYBIND11_MODULE(_C, m) {
         "Uses instruction set `name` from the next call on; ValueError where it is not usable.");
   m.def("cuda_strategy", torch::wrap_pybind_function_no_gil(fusedrnn::cuda_strategy),
         "Name of the way in which a CUDA device runs the recurrence of such a layer.");
-  m.def("layer", torch::wrap_pybind_function_no_gil(fusedrnn::layer),
-        "One layer (y, h_n, c_n), recorded for autograd where an input requires grad.");
-  m.def("plain_layer", torch::wrap_pybind_function_no_gil(fusedrnn::plain_layer),
-        "One layer (output, h_n, c_n), or None where the arguments need a closer look.");
-  m.def("cell_step", torch::wrap_pybind_function_no_gil(fusedrnn::cell_step),
-        "One step of a cell (h', c'), or None where the arguments need a closer look.");
+  fusedrnn::define_calls(m);
   m.def("empty_cache", &fusedrnn::empty_cache,
         "Gives the memory kept for the next calls back to the system.");
   fusedrnn::define_stream(m);

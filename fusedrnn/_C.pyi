@@ -1,7 +1,7 @@
 """The compiled extension. Importing it registers the operators ``torch.ops.fusedrnn.*``."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,26 +40,25 @@ def layer(
 
 def plain_layer(
     mode: str,
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    params: Sequence[Tensor],
+    input: Any,
+    hx: Any,
+    params: list[Tensor | None],
     has_biases: bool,
     bidirectional: bool,
     batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """One layer (output, h_n, c_n), recorded for autograd where an input requires grad.
+) -> tuple[Tensor, Any] | None:
+    """A module's (output, state) of one layer, recorded for autograd where an input requires grad.
 
-    None where an argument does not fit, or autocast, a ``torch.func`` transform or a forward-mode
-    level is on. For eager calls.
+    None where an argument is of another kind or does not fit, or autocast, a ``torch.func``
+    transform or a forward-mode level is on. ``params`` is trusted to fit together. For eager calls.
     """
 
 def cell_step(
     mode: str,
-    x: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    params: Sequence[Tensor],
+    x: Any,
+    h: Any,
+    c: Any,
+    params: list[Tensor | None],
     has_biases: bool,
 ) -> tuple[Tensor, Tensor] | None:
     """One step of a cell, x (B, I), h and c (B, H), to (h', c'), recorded for autograd.

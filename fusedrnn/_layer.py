@@ -29,7 +29,7 @@ from fusedrnn import _ops, reference
 from fusedrnn._autocast import autocast_disabled
 from fusedrnn._ops import _C
 
-__all__ = ["BackwardFunction", "LayerFunction", "layer", "layer_backward", "plain_layer"]
+__all__ = ["BackwardFunction", "LayerFunction", "layer", "layer_backward"]
 
 _is_compiling = torch.compiler.is_compiling
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -81,39 +81,6 @@ def layer(
     return LayerFunction.apply(
         mode, has_biases, bidirectional, x, lengths, batch_sizes, reset, h0, c0, *params
     )[:3]
-
-
-def plain_layer(
-    mode: str,
-    input: Tensor,
-    hx: Any,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, Any] | None:
-    """A module's everyday call of one layer in one go, or None where it needs a closer look.
-
-    ``params`` is trusted to fit together; whatever else does not fit gives None.
-    """
-    if _is_compiling() or not isinstance(input, Tensor):
-        return None
-    if mode != "LSTM":
-        if hx is not None and not isinstance(hx, Tensor):
-            return None
-        found = _C.plain_layer(
-            mode, input, hx, None, params, has_biases, bidirectional, batch_first
-        )
-        return None if found is None else found[:2]
-    h0 = c0 = None
-    if hx is not None:
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            return None
-        h0, c0 = hx
-        if not (isinstance(h0, Tensor) and isinstance(c0, Tensor)):
-            return None
-    found = _C.plain_layer(mode, input, h0, c0, params, has_biases, bidirectional, batch_first)
-    return None if found is None else (found[0], found[1:])
 
 
 class LayerFunction(Function):

@@ -54,16 +54,20 @@ def _layer_forward_fake(
     directions = 2 if bidirectional else 1
     gate_rows, proj_size = params[1].shape
     hidden_size = gate_rows // GATES[mode]
-    if batch_sizes is None:
+    one_step = x.dim() == 2 and batch_sizes is None
+    if one_step:
+        rows = batch = x.shape[0]
+    elif batch_sizes is None:
         rows, batch = x.shape[0] * x.shape[1], x.shape[1]
     else:
         # The batch is a value inside batch_sizes; only a given state shows it in a shape.
         rows = x.shape[0]
         batch = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.shape[1]
     lstm = mode == "LSTM"
-    y = x.new_empty((*x.shape[:-1], directions * proj_size))
-    h_n = x.new_empty((directions, batch, proj_size))
-    c_n = x.new_empty((directions, batch, hidden_size) if lstm else (0,))
+    leading = (batch,) if one_step else (directions, batch)
+    y = x.new_empty((0,) if one_step else (*x.shape[:-1], directions * proj_size))
+    h_n = x.new_empty((*leading, proj_size))
+    c_n = x.new_empty((*leading, hidden_size) if lstm else (0,))
     padded = -(-hidden_size // _C.unit_alignment) * _C.unit_alignment
     has_gates = save and mode in ("LSTM", "GRU")
     width = 4 * padded

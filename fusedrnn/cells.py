@@ -92,18 +92,19 @@ def _step(
     cell: nn.RNNCellBase, name: str, mode: str, input: Tensor, h: Tensor | None, c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One step as a sequence of length 1; c' has a meaning for LSTM only."""
-    # Plain parameters are read from their dictionary, which is quicker than by attribute.
-    own = cell._parameters
-    params: Sequence[Tensor] = [
-        own[key] if key in own else getattr(cell, key) for key in _PARAMETER_NAMES
-    ]
+    if not _is_compiling():
+        # Plain parameters are read from their dictionary, which is quicker than by attribute. One
+        # that is missing there (it is computed, or None) makes C++ leave the call to what follows.
+        has_biases = bool(cell.bias)
+        names = _PARAMETER_NAMES if has_biases else _PARAMETER_NAMES[:2]
+        own = [*map(cell._parameters.get, names)]
+        found = _C.cell_step(mode, input, h, c, own, has_biases)
+        if found is not None:
+            return found
+    params: Sequence[Tensor] = [getattr(cell, key) for key in _PARAMETER_NAMES]
     has_biases = params[2] is not None
     if not has_biases:
         params = params[:2]
-    if not _is_compiling() and all(t is None or isinstance(t, Tensor) for t in (input, h, c)):
-        found = _C.cell_step(mode, input, h, c, params, has_biases)
-        if found is not None:
-            return found
     _check_ranks(name, input, h, *(() if c is None else (c,)))
     batched = input.dim() == 2
     x = input if batched else input.unsqueeze(0)

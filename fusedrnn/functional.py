@@ -1,7 +1,7 @@
 """Stateless forms of the layers: input, initial state, a flat list of parameters, options.
 
-The modules are thin shells around :func:`recurrent`. Sizes: T steps, B rows, I input features,
-H hidden units, P = projection size or H, L layers, D directions, N rows of packed data.
+The modules are thin shells around :func:`recurrent_at_length`. Sizes: T steps, B rows, I input
+features, H hidden units, P = projection size or H, L layers, D directions, N rows of packed data.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from fusedrnn._checks import (
     check_state,
     rnn_mode,
 )
-from fusedrnn._layer import layer, plain_layer
+from fusedrnn._layer import layer
+from fusedrnn._ops import _C
 from fusedrnn.reference import GATES
 
 __all__ = ["gru", "lstm", "rnn"]
+
+is_compiling = torch.compiler.is_compiling
 
 
 def lstm(
@@ -143,14 +146,36 @@ def recurrent(
     The arguments are those of :func:`lstm`; ``params`` is trusted to fit together, and ``dropout``
     is applied whenever it is not zero.
     """
+    if num_layers == 1 and lengths is None and reset is None and not is_compiling():
+        found = _C.plain_layer(
+            mode, input, hx, list(params), has_biases, bidirectional, batch_first
+        )
+        if found is not None:
+            return found
+    return recurrent_at_length(
+        mode, input, hx, params, has_biases, num_layers, dropout, bidirectional, batch_first,
+        lengths, reset,
+    )  # fmt: skip
+
+
+def recurrent_at_length(
+    mode: str,
+    input: Tensor | PackedSequence,
+    hx: Any,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Any, Any]:
+    """:func:`recurrent` for any call, by the long way."""
     if isinstance(input, PackedSequence):
         return _recurrent_packed(
             mode, input, hx, params, has_biases, num_layers, dropout, bidirectional, lengths, reset
         )
-    if num_layers == 1 and lengths is None and reset is None:
-        found = plain_layer(mode, input, hx, params, has_biases, bidirectional, batch_first)
-        if found is not None:
-            return found
     rank = input.dim()
     if rank != 3 and rank != 2:
         noun = "D tensor" if mode.startswith("RNN") else "D"

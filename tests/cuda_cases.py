@@ -221,3 +221,46 @@ def torch_nn(call: Call, device: str = "cpu") -> dict[str, Tensor | None]:
 def check(ops: Any, call: Call, device: str = "cpu") -> None:
     ours, truth = answer(ops, call, device), exact(call)
     oracle.agree(ours, torch_nn(call, device), truth, what=device)
+
+
+# ---- one step, without its axes -----------------------------------------------------------------
+
+
+def of_one_step(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A forward call's arguments, T = D = 1, in the form without these axes."""
+    lowered = {n: arguments[n][0] for n in ("x", "h0", "c0") if arguments[n] is not None}
+    return arguments | lowered
+
+
+def backward_of_one_step(
+    call: Call, arguments: dict[str, Any], outputs: Any, device: str = "cpu"
+) -> dict[str, Any]:
+    """The backward call after a forward one in that form, of the final states' gradients."""
+    forward = {n: value for n, value in arguments.items() if n != "save"}
+    pulled = {n: None if t is None else t[0] for n, t in call.cotangents(device).items()}
+    _, h_n, _, gates, cells = outputs
+    saved = {"y": h_n, "gates": gates, "cells": cells, "output_mask": call.mask()}
+    return forward | pulled | {"dy": None} | saved
+
+
+def check_one_step(ops: Any, call: Call, device: str = "cpu") -> None:
+    """Both forms of a call with T = D = 1 give the same, bit for bit."""
+    arguments = call.arguments(device)
+    short = of_one_step(arguments)
+    expected = ops.layer_forward(**arguments, save=True)
+    found = ops.layer_forward(**short, save=True)
+    lstm = call.mode == "LSTM"
+    assert found[0].shape == (0,)
+    assert oracle.same_bits(list(found[1 : 2 + lstm]), [t[0] for t in expected[1 : 2 + lstm]])
+    unsaved = ops.layer_forward(**short, save=False)
+    assert oracle.same_bits(list(unsaved[1:3]), list(found[1:3])), "saving changes the result"
+    saved = dict(zip(("y", "gates", "cells"), (expected[i] for i in (0, 3, 4)), strict=True))
+    pulled = call.cotangents(device) | {"dy": None}
+    expected_grads = ops.layer_backward(**arguments, **pulled, **saved, output_mask=call.mask())
+    grads = ops.layer_backward(**backward_of_one_step(call, short, found, device))
+    wanted = [t for t, mask in zip(expected_grads[:3], call.mask(), strict=False) if mask]
+    assert oracle.same_bits(
+        [t for t, mask in zip(grads[:3], call.mask(), strict=False) if mask],
+        [t[0] for t in wanted],
+    )
+    assert oracle.same_bits(grads[3], expected_grads[3])

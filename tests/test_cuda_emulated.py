@@ -76,6 +76,15 @@ def test_against_torch_nn(
     cuda_cases.check(ops, cuda_cases.Call(mode, dtype, **cuda_cases.FORMS[form]))
 
 
+@cuda_cases.each_way
+@pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_step(ops: Any, strategy: str, mode: str, states: bool, dtype: torch.dtype) -> None:
+    """The form without axes of steps and directions is the other one's."""
+    ops.set_part_bytes(WHOLE)
+    cuda_cases.check_one_step(ops, cuda_cases.Call(mode, dtype, steps=1, states=states))
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("form", ["bidirectional", "lengths and reset", "packed"])
 @cuda_cases.each_way

@@ -248,7 +248,7 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   }
   // Rows without a step hand their gradient straight through.
   const auto through = [&](const OptionalTensor& from, int64_t units) {
-    const std::vector<int64_t> shape = {directions, layer.batch, units};
+    const Layer::Shape shape = layer.state_shape(units);
     if (!storage.has_empty_rows) return plain_empty(shape, exact);
     return from ? plain_empty(shape, exact).copy_(*from) : at::zeros(shape, exact);
   };

@@ -169,9 +169,12 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   // Narrow layers read and write bfloat16 as it is; half precision is else widened on the way in
   // and rounded on the way out.
   const auto y_options = is_narrow(layer) ? x.options() : exact;
-  at::Tensor y = empty_tensor(layer.y_shape(), y_options);
+  at::Tensor h_n = plain_empty(layer.state_shape(sizes.output), exact);
+  // Of a single step, the output and the final state are one.
+  at::Tensor y = layer.one_step && y_options.dtype() == exact.dtype()
+                     ? h_n
+                     : empty_tensor(layer.y_shape(), y_options);
   if (storage.padded) zero_padding(y, layer, storage.view);
-  at::Tensor h_n = plain_empty({directions, layer.batch, sizes.output}, exact);
   if (storage.has_empty_rows) {
     if (h0) {
       h_n.copy_(*h0);
@@ -184,7 +187,7 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
                               const at::TensorOptions& options) {
     return wanted ? empty_tensor(shape, options) : plain_empty({0}, options);
   };
-  const at::Tensor c_n = empty_where(lstm, {directions, layer.batch, sizes.hidden}, exact);
+  const at::Tensor c_n = empty_where(lstm, layer.state_shape(sizes.hidden), exact);
   const at::Tensor gates =
       empty_where(save_gates, {layer.rows, directions, layer.saved_width()}, x.options());
   const at::Tensor cells =
@@ -202,6 +205,10 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   with_types(layer, [&]<class S, class E>() {
     run_forward<S, E>(layer, storage, in, y, h_n, c_n, gates, cells);
   });
+  if (layer.one_step) {
+    if (y.scalar_type() == layer.dtype) h_n = y;
+    y = plain_empty({0}, x.options());
+  }
   return {as_dtype(y, layer.dtype), as_dtype(h_n, layer.dtype), as_dtype(c_n, layer.dtype), gates,
           cells};
 }

@@ -44,6 +44,23 @@ class ChunkGradients {
   }
 
   void accumulate() const {
+    if (rows_ == 1 && d_.chunk.first && d_.dw_hr == nullptr) {
+      weight_gradients_of_one();
+    } else {
+      accumulate_weights();
+    }
+    if (args_.dx != nullptr) {
+      if (d_.packed.input == nullptr) {
+        input_gradient_of_few();
+      } else {
+        input_gradient();
+      }
+    }
+    slot_.wait_team();
+  }
+
+ private:
+  void accumulate_weights() const {
     const Range words = share(words_, slot_.thread, slot_.threads);
     if (d_.dw_ih != nullptr) {
       pack_rows(0, sizes_.input, words, [&](int64_t row) { return x_at(row); });
@@ -60,17 +77,8 @@ class ChunkGradients {
       slot_.wait_team();
       projection_gradient();
     }
-    if (args_.dx != nullptr) {
-      if (d_.packed.input == nullptr) {
-        input_gradient_of_few();
-      } else {
-        input_gradient();
-      }
-    }
-    slot_.wait_team();
   }
 
- private:
   using F = FormatOf<E>;
   using W = Word<E>;
   static constexpr int64_t kValues = kValuesPerWord<F>;
@@ -109,12 +117,14 @@ class ChunkGradients {
     for (int64_t row = mine.begin; row < mine.end; ++row) {
       const int64_t packed_row = first_row_ + row;
       while (packed_row >= schedule_.row0[t + 1]) ++t;
-      const int64_t b = packed_row - schedule_.row0[t];
-      const int64_t before = previous_row(schedule_, d_.reverse, t, b);
-      args_.previous[row] = is_reset(d_.reset, schedule_, t, b) ? nullptr
-                            : before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride
-                                          : d_.h0 + b * output_;
+      args_.previous[row] = previous_state(t, packed_row - schedule_.row0[t]);
     }
+  }
+
+  const E* previous_state(int64_t t, int64_t b) const {
+    if (is_reset(d_.reset, schedule_, t, b)) return nullptr;
+    const int64_t before = previous_row(schedule_, d_.reverse, t, b);
+    return before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride : d_.h0 + b * output_;
   }
 
   // Copies `width` columns of `from`, over all rows of the chunk, to this thread's scratch.
@@ -204,6 +214,36 @@ class ChunkGradients {
         if (d_.dw_hh != nullptr) add_outer(d_.dw_hh + row * sizes_.output, sizes_.output, width, 1);
         if (d_.db_hh != nullptr) add_sums(d_.db_hh + row, width);
       }
+    }
+  }
+
+  // The same of a chunk of one row, of which nothing need be packed: each row of a weight's
+  // gradient is a multiple of x or of the state.
+  void weight_gradients_of_one() const {
+    const int64_t units = sizes_.hidden;
+    const E* x = x_at(0);
+    const E* h = previous_state(d_.chunk.begin, 0);
+    const Range mine = own(blocks_.count * units);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int block = static_cast<int>(i / units);
+      const int64_t unit = i % units;
+      const S dgate = read(d_.dgates + block * hidden_ + unit, 1)[0];
+      const auto put = [&](int gate, S* dw, S* db, const E* v, int64_t n) {
+        if (gate < 0) return;
+        const int64_t row = gate * units + unit;
+        if (dw != nullptr) put_multiple(dw + row * n, v, n, dgate);
+        if (db != nullptr) db[row] = dgate;
+      };
+      put(blocks_.input_gate[block], d_.dw_ih, d_.db_ih, x, sizes_.input);
+      put(blocks_.hidden_gate[block], d_.dw_hh, d_.db_hh, h, sizes_.output);
+    }
+  }
+
+  // v null: zeros.
+  static void put_multiple(S* to, const E* v, int64_t n, S factor) {
+    for (int64_t i = 0; i < n; i += kLanes<S>) {
+      const Vec<S> value = v == nullptr ? Vec<S>{} : read(v + i, n - i);
+      store(to + i, value * factor, n - i);
     }
   }
 

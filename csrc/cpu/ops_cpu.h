@@ -123,21 +123,24 @@ T* data_of(const at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// The tensor as contiguous values of type T; holds on to the memory.
+// The tensor as contiguous values of type T: its own, which it must outlive, or converted ones.
 template <class T>
 class Values {
  public:
   Values() = default;
-  explicit Values(const at::Tensor& t) : tensor_(as_dtype(t, kDtype<T>).contiguous()) {}
+  explicit Values(const at::Tensor& t) {
+    const bool as_it_is = t.scalar_type() == kDtype<T> && t.is_contiguous();
+    if (!as_it_is) converted_ = as_dtype(t, kDtype<T>).contiguous();
+    data_ = static_cast<const T*>((as_it_is ? t : converted_).const_data_ptr());
+  }
   explicit Values(const OptionalTensor& t) {
     if (t) *this = Values(*t);
   }
-  const T* data() const {
-    return tensor_.defined() ? static_cast<const T*>(tensor_.const_data_ptr()) : nullptr;
-  }
+  const T* data() const { return data_; }
 
  private:
-  at::Tensor tensor_;
+  at::Tensor converted_;
+  const T* data_ = nullptr;
 };
 
 // A weight in words: bfloat16 as it lies, a row of an odd number of values padded.
@@ -145,12 +148,15 @@ template <class E>
 class Matrix {
  public:
   Matrix() = default;
-  explicit Matrix(const at::Tensor& t)
-      : values_(t.size(1) * sizeof(E) % sizeof(Word<E>) == 0 ? t : at::constant_pad_nd(t, {0, 1})) {
+  explicit Matrix(const at::Tensor& t) {
+    const bool whole_words = t.size(1) * sizeof(E) % sizeof(Word<E>) == 0;
+    if (!whole_words) padded_ = at::constant_pad_nd(t, {0, 1});
+    values_ = Values<E>(whole_words ? t : padded_);
   }
   const Word<E>* data() const { return reinterpret_cast<const Word<E>*>(values_.data()); }
 
  private:
+  at::Tensor padded_;
   Values<E> values_;
 };
 

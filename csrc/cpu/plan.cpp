@@ -98,7 +98,9 @@ int64_t chunk_target(Cell cell, const Sizes& sizes, int64_t value_size) {
 
 std::vector<int64_t> chunk_bounds(const Schedule& schedule, const Workload& work) {
   const int64_t target = chunk_target(work.cell, work.sizes, work.value_size);
-  std::vector<int64_t> bounds = {0};
+  std::vector<int64_t> bounds;
+  bounds.reserve(4);
+  bounds.push_back(0);
   int64_t rows = 0;
   for (int64_t t = 0; t < schedule.steps; ++t) {
     if (rows > 0 && rows + schedule.rows[t] > target) {

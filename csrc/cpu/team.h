@@ -51,8 +51,9 @@ class alignas(64) Barrier {
 
 inline constexpr int kMaxThreads = 256;
 
+// A thread alone waits for nobody.
 struct Barriers {
-  explicit Barriers(int threads) : group(threads) {}
+  explicit Barriers(int threads) : group(threads > 1 ? threads : 0) {}
   Barrier team;
   std::vector<Barrier> group;
 };
@@ -92,7 +93,8 @@ inline Slot slot_of(const Plan& plan, int thread, int directions, Barriers& barr
   slot.part = thread % plan.parts;
   slot.parts = plan.parts;
   slot.team = &barriers.team;
-  slot.group_barrier = &barriers.group[direction * plan.groups + group];
+  slot.group_barrier =
+      barriers.group.empty() ? &barriers.team : &barriers.group[direction * plan.groups + group];
   return slot;
 }
 

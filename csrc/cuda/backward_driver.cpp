@@ -164,7 +164,7 @@ class BackwardRun {
   void start(int d) const {
     const auto fill = [&](const at::Tensor& to, const OptionalTensor& from) {
       if (from) {
-        to.copy_(from->select(0, d));
+        to.copy_(layer_.of_direction(*from, d));
       } else {
         to.zero_();
       }

@@ -40,7 +40,8 @@ class ForwardRun {
 
   void run(int d) {
     const Parameters with = parameters(d);
-    const at::Tensor h = out_.h_n.select(0, d);  // the state; at the end what is asked for
+    const at::Tensor h =
+        layer_.of_direction(out_.h_n, d);  // the state; at the end what is asked for
     const at::Tensor state = start(d, h);
     for (const Steps part : parts_[d]) {
       const int64_t rows = walk_.rows(part);
@@ -48,7 +49,7 @@ class ForwardRun {
       multiply(gates, x_.narrow(0, walk_.row(part.begin), rows), with.w_ih.t());
       recur(d, part, with, h, state);
     }
-    if (has_cell_state(layer_.cell) && !kExact) out_.c_n.select(0, d).copy_(state);
+    if (has_cell_state(layer_.cell) && !kExact) layer_.of_direction(out_.c_n, d).copy_(state);
   }
 
  private:
@@ -86,7 +87,7 @@ class ForwardRun {
     const bool lstm = has_cell_state(layer_.cell);
     at::Tensor state;
     if (lstm && kExact) {
-      state = out_.c_n.select(0, d);
+      state = layer_.of_direction(out_.c_n, d);
     } else if (lstm || (layer_.cell == Cell::kGru && !kExact)) {
       state = at::empty({layer_.batch, sizes_.hidden}, exact_);
     } else if (layer_.cell == Cell::kGru) {
@@ -202,9 +203,10 @@ ForwardResult forward_on_device(const Layer& layer, const LayerInputs& in, bool 
     return filled == width ? at::empty(shape, kind) : at::zeros(shape, kind);
   };
   ForwardResult out;
-  out.y = at::empty(layer.y_shape(), options);
-  out.h_n = at::empty({d, layer.batch, sizes.output}, options);
-  out.c_n = lstm ? at::empty({d, layer.batch, sizes.hidden}, options) : at::empty({0}, options);
+  out.h_n = at::empty(layer.state_shape(sizes.output), options);
+  // Of a single step, the output and the final state are one.
+  out.y = layer.one_step ? out.h_n : at::empty(layer.y_shape(), options);
+  out.c_n = lstm ? at::empty(layer.state_shape(sizes.hidden), options) : at::empty({0}, options);
   const int64_t blocks = saved_blocks(layer.cell);
   out.gates = saved(save && blocks > 1, blocks * sizes.hidden, layer.saved_width(), options);
   out.cells = saved(save && lstm, sizes.hidden, units, options.dtype(layer.accumulate));
@@ -212,6 +214,7 @@ ForwardResult forward_on_device(const Layer& layer, const LayerInputs& in, bool 
     ForwardRun<E> run(layer, in, out);
     for (int direction = 0; direction < layer.directions; ++direction) run.run(direction);
   });
+  if (layer.one_step) out.y = at::empty({0}, options);
   return out;
 }
 

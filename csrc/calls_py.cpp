@@ -1,0 +1,107 @@
+// A short call spends its time in Python and on the way from it: here its arguments are taken apart
+// by hand, and its result is built in the form that a module returns.
+#include "calls_py.h"
+
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "autograd.h"
+
+namespace fusedrnn {
+namespace {
+
+namespace py = pybind11;
+
+// Calls of fewer multiplications, some 10 us, keep the interpreter's lock: to give it up and take
+// it again costs a fifth of the shortest one.
+constexpr double kWorthUnlocking = 1e6;
+
+bool read(py::handle from, at::Tensor& to) {
+  if (!THPVariable_Check(from.ptr())) return false;
+  to = THPVariable_Unpack(from.ptr());
+  return true;
+}
+
+bool read(py::handle from, OptionalTensor& to) {
+  if (from.is_none()) return true;
+  return THPVariable_Check(from.ptr()) && read(from, to.emplace());
+}
+
+bool read(const py::list& from, std::vector<at::Tensor>& to) {
+  to.resize(from.size());
+  for (size_t i = 0; i < to.size(); ++i) {
+    if (!read(from[i], to[i])) return false;
+  }
+  return to.size() >= 2;
+}
+
+// hx of an LSTM: a pair of tensors, or None.
+bool read_pair(py::handle from, OptionalTensor& h, OptionalTensor& c) {
+  if (from.is_none()) return true;
+  if (!py::isinstance<py::tuple>(from) && !py::isinstance<py::list>(from)) return false;
+  const auto pair = py::reinterpret_borrow<py::sequence>(from);
+  return pair.size() == 2 && read(pair[0], h.emplace()) && read(pair[1], c.emplace());
+}
+
+template <class Call>
+auto unlocked_if_long(const at::Tensor& x, const std::vector<at::Tensor>& params, Call call) {
+  const int64_t features = x.dim() > 0 ? std::max<int64_t>(1, x.size(-1)) : 1;
+  const double rows = static_cast<double>(x.numel()) / static_cast<double>(features);
+  std::optional<py::gil_scoped_release> release;
+  if (rows * static_cast<double>(params[0].numel() + params[1].numel()) > kWorthUnlocking) {
+    release.emplace();
+  }
+  return call();
+}
+
+py::object plain_layer_of(const std::string& mode, py::handle input, py::handle hx,
+                          const py::list& params, bool has_biases, bool bidirectional,
+                          bool batch_first) {
+  at::Tensor x;
+  OptionalTensor h0, c0;
+  std::vector<at::Tensor> weights;
+  const bool lstm = mode == "LSTM";
+  if (!read(input, x) || !read(params, weights)) return py::none();
+  if (!(lstm ? read_pair(hx, h0, c0) : read(hx, h0))) return py::none();
+  auto found = unlocked_if_long(x, weights, [&] {
+    return plain_layer(mode, x, h0, c0, weights, has_biases, bidirectional, batch_first);
+  });
+  if (!found) return py::none();
+  auto& [output, h_n, c_n] = *found;
+  if (!lstm) return py::make_tuple(std::move(output), std::move(h_n));
+  return py::make_tuple(std::move(output), py::make_tuple(std::move(h_n), std::move(c_n)));
+}
+
+py::object cell_step_of(const std::string& mode, py::handle input, py::handle hidden,
+                        py::handle cell, const py::list& params, bool has_biases) {
+  at::Tensor x;
+  OptionalTensor h, c;
+  std::vector<at::Tensor> weights;
+  if (!read(input, x) || !read(hidden, h) || !read(cell, c) || !read(params, weights)) {
+    return py::none();
+  }
+  auto found =
+      unlocked_if_long(x, weights, [&] { return cell_step(mode, x, h, c, weights, has_biases); });
+  if (!found) return py::none();
+  return py::make_tuple(std::move(std::get<0>(*found)), std::move(std::get<1>(*found)));
+}
+
+}  // namespace
+
+void define_calls(py::module_& m) {
+  m.def("layer", torch::wrap_pybind_function_no_gil(layer),
+        "One layer (y, h_n, c_n), recorded for autograd where an input requires grad.");
+  m.def("plain_layer", torch::wrap_pybind_function(plain_layer_of),
+        "A module's (output, state), or None where the arguments need a closer look.");
+  m.def("cell_step", torch::wrap_pybind_function(cell_step_of),
+        "One step of a cell (h', c'), or None where the arguments need a closer look.");
+}
+
+}  // namespace fusedrnn
