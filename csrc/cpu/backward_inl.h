@@ -291,17 +291,19 @@ class BackwardChunk {
       if (kCell == Cell::kGru && !is_cut(b)) dh += load(d_.carry + b * hidden_ + unit);
       store(d_.dh0 + caller_row(schedule_, b) * sizes_.output + unit, dh, sizes_.output - unit);
     };
-    if constexpr (std::is_same_v<F, Exact<S>>) {
-      if (d_.packed.recurrent == nullptr) {
-        const BlockRows<S> weight = {d_.weights.w_hh,  kBlocks.hidden_gate,
-                                     kRecurrentBlocks, sizes_.hidden,
-                                     hidden_,          sizes_.output};
-        const int64_t panels = panel_count<S>(sizes_.output, kChunkVectors);
-        product_by_column(
-            rows, share(panels, slot_.part, slot_.parts),
-            [&](int64_t b) { return is_cut(b) ? zeros_ : dgates_of(u, b); }, weight, put);
-        return;
-      }
+    if (d_.packed.recurrent == nullptr) {
+      const BlockRows<E> weight = {weight_row<F, E>(d_.weights.w_hh, 0, sizes_.output),
+                                   kBlocks.hidden_gate,
+                                   kRecurrentBlocks,
+                                   sizes_.hidden,
+                                   hidden_,
+                                   sizes_.output,
+                                   values_apart<F>(sizes_.output)};
+      const int64_t panels = panel_count<S>(sizes_.output, kChunkVectors);
+      product_by_column<S>(
+          rows, share(panels, slot_.part, slot_.parts),
+          [&](int64_t b) { return is_cut(b) ? zeros() : dgates_of(u, b); }, weight, put);
+      return;
     }
     dh_product<kSideRows>(
         u, rows, false,

@@ -157,6 +157,12 @@ constexpr int64_t words_of(int64_t columns) {
   return (columns + kValuesPerWord<F> - 1) / kValuesPerWord<F>;
 }
 
+// Values from one row of a weight to the next, whose rows are whole words.
+template <class F>
+constexpr int64_t values_apart(int64_t columns) {
+  return words_of<F>(columns) * kValuesPerWord<F>;
+}
+
 // ---- values kept as E: float, double or bfloat16 ------------------------------------------------
 
 template <class E>
@@ -182,6 +188,15 @@ FUSEDRNN_HD Vec<S> read(const S* from, int64_t n = kLanes<S>) {
 }
 FUSEDRNN_HD Vec<float> read(const uint16_t* from, int64_t n = kLanes<float>) {
   return (Vec<float>)(load_bits(from, n) << 16);
+}
+
+// One of them.
+template <class S>
+FUSEDRNN_HD S value_of(S value) {
+  return value;
+}
+FUSEDRNN_HD float value_of(uint16_t bits) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
 }
 
 template <class S>

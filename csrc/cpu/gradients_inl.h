@@ -261,21 +261,24 @@ class ChunkGradients {
 
   // The same for rows so few that W_ih was not packed; threads share the columns.
   void input_gradient_of_few() const {
-    if constexpr (std::is_same_v<F, Exact<S>>) {
-      static constexpr int gates[] = {0, 1, 2, 3};
-      const BlockRows<S> weight = {d_.weights.w_ih, gates,   blocks_.gates,
-                                   sizes_.hidden,   hidden_, sizes_.input};
-      const S* dgates = d_.dgates + blocks_.input_begin() * hidden_;
-      const int64_t panels = panel_count<S>(sizes_.input, kChunkVectors);
-      product_by_column(
-          Range{0, rows_}, share(panels, slot_.thread, slot_.threads),
-          [&](int64_t row) { return dgates + row * d_.dgates_stride; }, weight,
-          [&](int64_t row, int64_t column, Vec<S> value) __attribute__((always_inline)) {
-            S* to = args_.dx + io_row(schedule_, first_row_ + row) * sizes_.input + column;
-            const int64_t valid = sizes_.input - column;
-            store(to, args_.add_dx ? value + load(to, valid) : value, valid);
-          });
-    }
+    static constexpr int gates[] = {0, 1, 2, 3};
+    const BlockRows<E> weight = {weight_row<F, E>(d_.weights.w_ih, 0, sizes_.input),
+                                 gates,
+                                 blocks_.gates,
+                                 sizes_.hidden,
+                                 hidden_,
+                                 sizes_.input,
+                                 values_apart<F>(sizes_.input)};
+    const E* dgates = d_.dgates + blocks_.input_begin() * hidden_;
+    const int64_t panels = panel_count<S>(sizes_.input, kChunkVectors);
+    product_by_column<S>(
+        Range{0, rows_}, share(panels, slot_.thread, slot_.threads),
+        [&](int64_t row) { return dgates + row * d_.dgates_stride; }, weight,
+        [&](int64_t row, int64_t column, Vec<S> value) __attribute__((always_inline)) {
+          S* to = args_.dx + io_row(schedule_, first_row_ + row) * sizes_.input + column;
+          const int64_t valid = sizes_.input - column;
+          store(to, args_.add_dx ? value + load(to, valid) : value, valid);
+        });
   }
 
   void input_gradient() const {

@@ -143,47 +143,50 @@ FUSEDRNN_HD void product_by_unit(Range rows, Range panels, RowAt row_at,
   }
 }
 
-// The rows of a weight (blocks * units, columns), row-major, and the values that go with them in a
-// row of gradients: block i of those, units_padded apart, belongs to rows [gates[i] * units, +
-// units).
-template <class S>
+// The rows of a weight (blocks * units, columns), row-major, `stride` values from one to the next,
+// and the values that go with them in a row of gradients: block i of those, units_padded apart,
+// belongs to rows [gates[i] * units, + units).
+template <class E>
 struct BlockRows {
-  const S* weight;
+  const E* weight;
   const int* gates;
   int blocks;
-  int64_t units, units_padded, columns;
+  int64_t units, units_padded, columns, stride;
 };
 
 // to[r] (a vector each of kChunkVectors) = the sum over all blocks and units of a[r]'s value times
 // the weight's row there, from `column` on: the product of few rows by column, from weights as they
 // lie.
-template <class S, int R>
-__attribute__((noinline)) void sum_weight_rows(S* to, const S* const (&a)[R],
-                                               const BlockRows<S>& rows, int64_t column) {
+template <class S, class E, int R>
+__attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
+                                               const BlockRows<E>& rows, int64_t column) {
   constexpr int lanes = kLanes<S>, vectors = kChunkVectors;
+  constexpr int64_t line = 64 / sizeof(E);
   // Rows lie far apart: no prefetcher follows.
   constexpr int64_t ahead = 12;
   Vec<S> sums[R][vectors] = {};
   const int64_t valid = rows.columns - column;
-  const auto add = [&](int64_t at, auto load_at) __attribute__((always_inline)) {
+  const auto add = [&](int64_t at, auto read_at) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      const Vec<S> right = load_at(v);
+      const Vec<S> right = read_at(v);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[r][v] += broadcast(a[r][at]) * right;
+      for (int r = 0; r < R; ++r) sums[r][v] += broadcast(value_of(a[r][at])) * right;
     }
   };
   for (int i = 0; i < rows.blocks; ++i) {
-    const S* w = rows.weight + rows.gates[i] * rows.units * rows.columns + column;
-    for (int64_t unit = 0; unit < rows.units; ++unit, w += rows.columns) {
+    const E* w = rows.weight + rows.gates[i] * rows.units * rows.stride + column;
+    for (int64_t unit = 0; unit < rows.units; ++unit, w += rows.stride) {
       const int64_t at = i * rows.units_padded + unit;
       if (valid >= vectors * lanes) {
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) fetch_to_read(w + ahead * rows.columns + v * lanes);
-        add(at, [&](int v) __attribute__((always_inline)) { return load(w + v * lanes); });
+        for (int64_t c = 0; c < vectors * lanes; c += line) {
+          fetch_to_read(w + ahead * rows.stride + c);
+        }
+        add(at, [&](int v) __attribute__((always_inline)) { return read(w + v * lanes); });
       } else {
         add(at, [&](int v) __attribute__((always_inline)) {
-          return load(w + v * lanes, valid - v * lanes);
+          return read(w + v * lanes, valid - v * lanes);
         });
       }
     }
@@ -195,8 +198,8 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const S* const (&a)[R],
 
 // f(row, column, vector) for every vector of those sums that begins within the columns, for `rows`,
 // row_at(row) pointing to a row of gradients, and `panels` of kChunkVectors.
-template <class S, class RowAt, class Visit>
-void product_by_column(Range rows, Range panels, RowAt row_at, const BlockRows<S>& weight,
+template <class S, class E, class RowAt, class Visit>
+void product_by_column(Range rows, Range panels, RowAt row_at, const BlockRows<E>& weight,
                        Visit f) {
   constexpr int lanes = kLanes<S>, most = 3;
   constexpr int64_t width = kChunkVectors * lanes;
@@ -207,9 +210,9 @@ void product_by_column(Range rows, Range panels, RowAt row_at, const BlockRows<S
       alignas(64) S sums[most * width];
       with_height<most>(mine.size(), [&](auto height) {
         constexpr int R = decltype(height)::value;
-        const S* a[R];
+        const E* a[R];
         for (int r = 0; r < R; ++r) a[r] = row_at(rows.begin + mine.begin + r);
-        sum_weight_rows<S, R>(sums, a, weight, panel * width);
+        sum_weight_rows<S, E, R>(sums, a, weight, panel * width);
       });
       for (int64_t r = 0; r < mine.size(); ++r) {
         for (int v = 0; v < kChunkVectors; ++v) {

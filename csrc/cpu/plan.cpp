@@ -54,7 +54,7 @@ bool worth_packing(const Workload& work) {
 
 bool worth_packing_backward(const Schedule& schedule, const Workload& work) {
   // Of a single step, W_hh meets the gradient of the initial state alone.
-  return schedule.steps > 1 || work.pairs > kFewRows || work.weight_size != work.value_size;
+  return schedule.steps > 1 || work.pairs > kFewRows;
 }
 
 Plan plan_team(const Workload& work, int threads) {
