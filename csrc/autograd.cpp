@@ -80,6 +80,8 @@ struct Saved {
 
   enum { kX, kLengths, kBatchSizes, kReset, kH0, kC0, kY, kGates, kCells, kParams };
   OptionalTensor given(int index) const { return optional(tensors[index]); }
+  // The op's form without axes of steps and directions.
+  bool one_step() const { return tensors[kX].dim() == 2 && !tensors[kBatchSizes].defined(); }
   at::TensorList params() const { return at::TensorList(tensors).slice(kParams); }
 };
 
@@ -103,8 +105,9 @@ variable_list everyday_gradients(const Saved& s, const variable_list& cotangents
 }
 
 // The same, composed in Python, which knows no layer without its axis of steps.
-variable_list composed_gradients(Saved s, variable_list cotangents, const std::vector<bool>& wanted,
-                                 bool one_step) {
+variable_list composed_gradients(Saved s, variable_list cotangents,
+                                 const std::vector<bool>& wanted) {
+  const bool one_step = s.one_step();
   if (one_step) {
     for (const int i : {Saved::kX, Saved::kH0, Saved::kC0, Saved::kY}) {
       s.tensors[i] = lifted(s.tensors[i]);
@@ -134,8 +137,9 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
   static variable_list forward(AutogradContext* ctx, const std::string& mode, const at::Tensor& x,
                                const OptionalTensor& h0, const OptionalTensor& c0,
                                at::TensorList params, const LayerInputs& in, bool has_biases,
-                               bool bidirectional, bool one_step) {
+                               bool bidirectional) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const bool one_step = x.dim() == 2 && !in.batch_sizes;
     auto [y, h_n, c_n, gates, cells] =
         forward_op()(mode, x, in.lengths, in.batch_sizes, in.reset, h0, c0, params, has_biases,
                      bidirectional, /*save=*/true);
@@ -151,7 +155,8 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
     saved.insert(saved.end(), params.begin(), params.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["mode"] = mode;
-    ctx->saved_data["options"] = int64_t{has_biases} | bidirectional << 1 | one_step << 2;
+    ctx->saved_data["has_biases"] = has_biases;
+    ctx->saved_data["bidirectional"] = bidirectional;
     ctx->set_materialize_grads(false);
     if (mode != "LSTM") ctx->mark_non_differentiable({c_n});
     if (one_step) return {h_n, c_n};
@@ -160,13 +165,10 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto defined = [](const at::Tensor& t) { return t.defined(); };
-    const int64_t options = ctx->saved_data["options"].toInt();
-    const bool one_step = (options & 4) != 0;
-    const Saved saved{ctx->saved_data["mode"].toStringRef(), (options & 1) != 0, (options & 2) != 0,
-                      ctx->get_saved_variables()};
-    // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional,
-    // one_step.
-    variable_list result(saved.params().size() + 8);
+    const Saved saved{ctx->saved_data["mode"].toStringRef(), ctx->saved_data["has_biases"].toBool(),
+                      ctx->saved_data["bidirectional"].toBool(), ctx->get_saved_variables()};
+    // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional.
+    variable_list result(saved.params().size() + 7);
     if (std::none_of(cotangents.begin(), cotangents.end(), defined)) return result;
     std::vector<bool> wanted;
     size_t edge = 0;  // absent states have none
@@ -176,10 +178,9 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
     for (const int index : {Saved::kX, Saved::kH0, Saved::kC0}) ask(saved.tensors[index]);
     for (const at::Tensor& param : saved.params()) ask(param);
     const variable_list of_outputs =
-        one_step ? variable_list{at::Tensor(), cotangents[0], cotangents[1]} : cotangents;
-    variable_list gradients = everyday(cotangents)
-                                  ? everyday_gradients(saved, of_outputs, wanted)
-                                  : composed_gradients(saved, of_outputs, wanted, one_step);
+        saved.one_step() ? variable_list{at::Tensor(), cotangents[0], cotangents[1]} : cotangents;
+    variable_list gradients = everyday(cotangents) ? everyday_gradients(saved, of_outputs, wanted)
+                                                   : composed_gradients(saved, of_outputs, wanted);
     std::move(gradients.begin(), gradients.end(), result.begin() + 1);
     return result;
   }
@@ -224,8 +225,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer(
   }
   const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
   auto outputs =
-      LayerNode::apply(mode, x, h0, c0, at::TensorList(params), in, has_biases, bidirectional,
-                       /*one_step=*/false);
+      LayerNode::apply(mode, x, h0, c0, at::TensorList(params), in, has_biases, bidirectional);
   return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2])};
 }
 
@@ -263,7 +263,7 @@ std::optional<std::tuple<at::Tensor, at::Tensor>> cell_step(
   const OptionalTensor none;
   const LayerInputs in{x, none, none, none, h, c, params};
   auto outputs = LayerNode::apply(mode, x, h, c, at::TensorList(params), in, has_biases,
-                                  /*bidirectional=*/false, /*one_step=*/true);
+                                  /*bidirectional=*/false);
   return std::tuple{std::move(outputs[0]), std::move(outputs[1])};
 }
 

@@ -1,7 +1,7 @@
 """Stateless forms of the layers: input, initial state, a flat list of parameters, options.
 
-The modules are thin shells around :func:`recurrent_at_length`. Sizes: T steps, B rows, I input
-features, H hidden units, P = projection size or H, L layers, D directions, N rows of packed data.
+The modules are thin shells around :func:`recurrent`. Sizes: T steps, B rows, I input features,
+H hidden units, P = projection size or H, L layers, D directions, N rows of packed data.
 """
 
 from __future__ import annotations
@@ -140,38 +140,20 @@ def recurrent(
     batch_first: bool,
     lengths: Tensor | None,
     reset: Tensor | None,
+    try_plain: bool = True,
 ) -> tuple[Any, Any]:
     """All of a module's forward but its parameters' names: checks, layout, autocast, the layers.
 
     The arguments are those of :func:`lstm`; ``params`` is trusted to fit together, and ``dropout``
-    is applied whenever it is not zero.
+    is applied whenever it is not zero. ``try_plain`` is false where ``_C.plain_layer`` has already
+    left the call to Python.
     """
-    if num_layers == 1 and lengths is None and reset is None and not is_compiling():
+    if try_plain and num_layers == 1 and lengths is None and reset is None and not is_compiling():
         found = _C.plain_layer(
             mode, input, hx, list(params), has_biases, bidirectional, batch_first
         )
         if found is not None:
             return found
-    return recurrent_at_length(
-        mode, input, hx, params, has_biases, num_layers, dropout, bidirectional, batch_first,
-        lengths, reset,
-    )  # fmt: skip
-
-
-def recurrent_at_length(
-    mode: str,
-    input: Tensor | PackedSequence,
-    hx: Any,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    bidirectional: bool,
-    batch_first: bool,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Any, Any]:
-    """:func:`recurrent` for any call, by the long way."""
     if isinstance(input, PackedSequence):
         return _recurrent_packed(
             mode, input, hx, params, has_biases, num_layers, dropout, bidirectional, lengths, reset

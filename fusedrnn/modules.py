@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn._checks import rnn_mode
 from fusedrnn._ops import _C
-from fusedrnn.functional import is_compiling, recurrent_at_length
+from fusedrnn.functional import is_compiling, recurrent
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -88,7 +88,7 @@ class _FusedRNNBase(RNNBase):
                 )  # fmt: skip
                 if found is not None:
                     return found
-        return recurrent_at_length(
+        return recurrent(
             self.mode,
             input,
             hx,
@@ -100,6 +100,7 @@ class _FusedRNNBase(RNNBase):
             self.batch_first,
             lengths,
             reset,
+            try_plain=False,
         )
 
 

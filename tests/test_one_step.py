@@ -7,7 +7,7 @@ import torch
 
 import cuda_cases
 import oracle
-from fusedrnn import _C, reference
+from fusedrnn import reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 with_modes = pytest.mark.parametrize("mode", cuda_cases.MODES)
@@ -63,32 +63,33 @@ def test_what_it_does_not_take(name: str, value: torch.Tensor) -> None:
         torch.ops.fusedrnn.layer_forward(**(arguments | {"h0": arguments["h0"][None]}))
 
 
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request: pytest.FixtureRequest):
-    before = _C.get_cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
+def check_backward(call: cuda_cases.Call) -> None:
+    """In float64, against the reference."""
+    arguments = call.arguments()
+    y, _, _, gates, cells = torch.ops.fusedrnn.layer_forward(**arguments, save=True)
+    saved = {"y": y, "gates": gates, "cells": cells, "output_mask": call.mask()}
+    found = torch.ops.fusedrnn.layer_backward(**arguments, **call.cotangents(), **saved)
+    exact = reference.layer_backward(**arguments, **call.cotangents())
+    pairs = zip([*found[:3], *found[3]], [*exact[:3], *exact[3]], call.mask(), strict=True)
+    for ours, truth, wanted in pairs:
+        if wanted:
+            torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("mode", oracle.MODES)
 @pytest.mark.parametrize("states", [True, False])
 def test_gradients_of_a_single_row(isa: str, mode: str, states: bool) -> None:
     """Whose outer products have a way of their own."""
-    call = cuda_cases.Call(
-        mode, torch.float64, steps=1, batch=1, states=states, input_size=37, hidden_size=21
+    check_backward(
+        cuda_cases.Call(
+            mode, torch.float64, steps=1, batch=1, states=states, input_size=37, hidden_size=21
+        )
     )
-    arguments = call.arguments()
-    y, _, _, gates, cells = torch.ops.fusedrnn.layer_forward(**(arguments | {"save": True}))
-    mask = [t is not None for t in (call.x, call.h0, call.c0)] + [True] * len(call.params)
-    given = [arguments[n] for n in ("lengths", "batch_sizes", "reset", "h0", "c0", "params")]
-    *states_of, dparams = torch.ops.fusedrnn.layer_backward(
-        call.mode, call.dy, call.dh_n, call.dc_n, call.x, *given, y, gates, cells, True, False, mask
+
+
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+def test_gradients_where_a_single_row_comes_first_or_last(mode: str) -> None:
+    """Of 257 steps, 256 are one part; both directions leave the last one to a part of its own."""
+    check_backward(
+        cuda_cases.Call(mode, torch.float64, steps=257, batch=1, both=True, hidden_size=256)
     )
-    *exact, exact_params = reference.layer_backward(
-        call.mode, call.dy, call.dh_n, call.dc_n, call.x, *given, True, False
-    )
-    ours, truth = [*states_of, *dparams], [*exact, *exact_params]
-    for found, right, wanted in zip(ours, truth, mask, strict=True):
-        if wanted:
-            torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-14)

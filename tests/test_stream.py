@@ -16,17 +16,8 @@ from torch import Tensor, nn
 
 import fusedrnn
 import oracle
-from fusedrnn import _C, Stream
+from fusedrnn import Stream
 from stream_oracle import KINDS, ROUNDED, SIZES, make, make_input, plain
-
-
-@pytest.fixture(params=fusedrnn.cpu_isas())
-def isa(request: pytest.FixtureRequest):
-    before = _C.get_cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
-
 
 # A value near the middle of two levels may go either way: then a state is one level off.
 LEVEL = {torch.float32: 0.0, torch.bfloat16: 2e-3, torch.int8: 8e-3}

@@ -297,8 +297,7 @@ class BackwardChunk {
                                    kRecurrentBlocks,
                                    sizes_.hidden,
                                    hidden_,
-                                   sizes_.output,
-                                   values_apart<F>(sizes_.output)};
+                                   sizes_.output};
       const int64_t panels = panel_count<S>(sizes_.output, kChunkVectors);
       product_by_column<S>(
           rows, share(panels, slot_.part, slot_.parts),

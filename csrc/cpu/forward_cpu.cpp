@@ -168,12 +168,11 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   const int64_t directions = layer.directions;
   // Narrow layers read and write bfloat16 as it is; half precision is else widened on the way in
   // and rounded on the way out.
-  const auto y_options = is_narrow(layer) ? x.options() : exact;
+  const bool narrow = is_narrow(layer);
   at::Tensor h_n = plain_empty(layer.state_shape(sizes.output), exact);
   // Of a single step, the output and the final state are one.
-  at::Tensor y = layer.one_step && y_options.dtype() == exact.dtype()
-                     ? h_n
-                     : empty_tensor(layer.y_shape(), y_options);
+  at::Tensor y =
+      layer.one_step && !narrow ? h_n : empty_tensor(layer.y_shape(), narrow ? x.options() : exact);
   if (storage.padded) zero_padding(y, layer, storage.view);
   if (storage.has_empty_rows) {
     if (h0) {
@@ -206,7 +205,7 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
     run_forward<S, E>(layer, storage, in, y, h_n, c_n, gates, cells);
   });
   if (layer.one_step) {
-    if (y.scalar_type() == layer.dtype) h_n = y;
+    if (narrow) h_n = y;
     y = plain_empty({0}, x.options());
   }
   return {as_dtype(y, layer.dtype), as_dtype(h_n, layer.dtype), as_dtype(c_n, layer.dtype), gates,

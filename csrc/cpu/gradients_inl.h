@@ -60,6 +60,15 @@ class ChunkGradients {
   }
 
  private:
+  using F = FormatOf<E>;
+  using W = Word<E>;
+  static constexpr int64_t kValues = kValuesPerWord<F>;
+  static constexpr int64_t kWidth = kChunkVectors * kLanes<S>;
+
+  int64_t weight_words() const { return words_of<F>(blocks_.gates * hidden_); }
+  int64_t input_panels() const { return panel_count<S>(sizes_.input, kChunkVectors); }
+  Range own(int64_t count) const { return share(count, slot_.thread, slot_.threads); }
+
   void accumulate_weights() const {
     const Range words = share(words_, slot_.thread, slot_.threads);
     if (d_.dw_ih != nullptr) {
@@ -78,15 +87,6 @@ class ChunkGradients {
       projection_gradient();
     }
   }
-
-  using F = FormatOf<E>;
-  using W = Word<E>;
-  static constexpr int64_t kValues = kValuesPerWord<F>;
-  static constexpr int64_t kWidth = kChunkVectors * kLanes<S>;
-
-  int64_t weight_words() const { return words_of<F>(blocks_.gates * hidden_); }
-  int64_t input_panels() const { return panel_count<S>(sizes_.input, kChunkVectors); }
-  Range own(int64_t count) const { return share(count, slot_.thread, slot_.threads); }
 
   void pack_input(W* packed, Range words, Range panels) const {
     pack_by_column<kChunkVectors, F>(
@@ -227,7 +227,7 @@ class ChunkGradients {
     for (int64_t i = mine.begin; i < mine.end; ++i) {
       const int block = static_cast<int>(i / units);
       const int64_t unit = i % units;
-      const S dgate = read(d_.dgates + block * hidden_ + unit, 1)[0];
+      const S dgate = value_of(d_.dgates[block * hidden_ + unit]);
       const auto put = [&](int gate, S* dw, S* db, const E* v, int64_t n) {
         if (gate < 0) return;
         const int64_t row = gate * units + unit;
@@ -267,8 +267,7 @@ class ChunkGradients {
                                  blocks_.gates,
                                  sizes_.hidden,
                                  hidden_,
-                                 sizes_.input,
-                                 values_apart<F>(sizes_.input)};
+                                 sizes_.input};
     const E* dgates = d_.dgates + blocks_.input_begin() * hidden_;
     const int64_t panels = panel_count<S>(sizes_.input, kChunkVectors);
     product_by_column<S>(

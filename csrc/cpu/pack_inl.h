@@ -143,15 +143,15 @@ FUSEDRNN_HD void product_by_unit(Range rows, Range panels, RowAt row_at,
   }
 }
 
-// The rows of a weight (blocks * units, columns), row-major, `stride` values from one to the next,
-// and the values that go with them in a row of gradients: block i of those, units_padded apart,
-// belongs to rows [gates[i] * units, + units).
+// The rows of a weight (blocks * units, columns), row-major in whole words, and the values that go
+// with them in a row of gradients: block i of those, units_padded apart, belongs to rows
+// [gates[i] * units, + units).
 template <class E>
 struct BlockRows {
   const E* weight;
   const int* gates;
   int blocks;
-  int64_t units, units_padded, columns, stride;
+  int64_t units, units_padded, columns;
 };
 
 // to[r] (a vector each of kChunkVectors) = the sum over all blocks and units of a[r]'s value times
@@ -166,6 +166,7 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
   constexpr int64_t ahead = 12;
   Vec<S> sums[R][vectors] = {};
   const int64_t valid = rows.columns - column;
+  const int64_t stride = values_apart<FormatOf<E>>(rows.columns);
   const auto add = [&](int64_t at, auto read_at) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
@@ -175,13 +176,13 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
     }
   };
   for (int i = 0; i < rows.blocks; ++i) {
-    const E* w = rows.weight + rows.gates[i] * rows.units * rows.stride + column;
-    for (int64_t unit = 0; unit < rows.units; ++unit, w += rows.stride) {
+    const E* w = rows.weight + rows.gates[i] * rows.units * stride + column;
+    for (int64_t unit = 0; unit < rows.units; ++unit, w += stride) {
       const int64_t at = i * rows.units_padded + unit;
       if (valid >= vectors * lanes) {
 #pragma GCC unroll 4
         for (int64_t c = 0; c < vectors * lanes; c += line) {
-          fetch_to_read(w + ahead * rows.stride + c);
+          fetch_to_read(w + ahead * stride + c);
         }
         add(at, [&](int v) __attribute__((always_inline)) { return read(w + v * lanes); });
       } else {

@@ -14,6 +14,7 @@ namespace fusedrnn {
 class Scratch {
  public:
   Scratch() { wants_.reserve(32); }
+
   template <class T>
   void want(T** to, int64_t values) {
     wants_.push_back(

@@ -40,8 +40,8 @@ class ForwardRun {
 
   void run(int d) {
     const Parameters with = parameters(d);
-    const at::Tensor h =
-        layer_.of_direction(out_.h_n, d);  // the state; at the end what is asked for
+    // The state; at the end what is asked for.
+    const at::Tensor h = layer_.of_direction(out_.h_n, d);
     const at::Tensor state = start(d, h);
     for (const Steps part : parts_[d]) {
       const int64_t rows = walk_.rows(part);
