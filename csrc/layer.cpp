@@ -249,7 +249,8 @@ ScheduleStorage::ScheduleStorage(const Layer& layer, const LayerInputs& in) {
           rows.data(),
           row0.data(),
           io_row.empty() ? nullptr : io_row.data(),
-          order.empty() ? nullptr : order.data()};
+          order.empty() ? nullptr : order.data(),
+          nullptr};
 }
 
 }  // namespace fusedrnn

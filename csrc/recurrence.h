@@ -72,6 +72,9 @@ struct Schedule {
   const int64_t* io_row;  // (N) packed row -> row of x, y, dx, dy; null: the same
   const int64_t*
       order;  // (B) sorted row -> row of h_n and of the states' gradients; null: the same
+  const int64_t* state_row;  // (B + 1) sorted row -> row of the states that a walk keeps (h, c,
+                             // h_tilde, carry), groups lying apart; the last: how many there are;
+                             // null: the same
 };
 
 struct Sizes {
@@ -154,12 +157,12 @@ struct ForwardDirection {
   int64_t saved_stride;
   S* cells;  // packed rows of the whole sequence, (., cells_stride), or null; LSTM
   int64_t cells_stride;
-  S* h[2];   // (B, Pp), sorted rows: the state, read from and written to in turns; both hold h0 at
-             // first
-  int turn;  // which of the two the chunk's first step reads
-  S* c;      // (B, Hp), sorted rows: the LSTM's cell state, in place; holds c0 at first
-  S* h_tilde;            // (B, Hp): o tanh(c) before a projection
-  S* h_n;                // (B, P), caller's rows: written for every row that has a step
+  S* h[2];     // (state rows, Pp): the state, read from and written to in turns; both hold h0 at
+               // first
+  int turn;    // which of the two the chunk's first step reads
+  S* c;        // (state rows, Hp): the LSTM's cell state, in place; holds c0 at first
+  S* h_tilde;  // (state rows, Hp): o tanh(c) before a projection
+  S* h_n;      // (B, P), caller's rows: written for every row that has a step
   const uint8_t* reset;  // (N): the state entering the step is zero; or null
 };
 
@@ -176,6 +179,8 @@ struct ForwardArgs {
   int64_t across_stride;
   S* factors;  // scratch: per thread, the factors of those rows
   int64_t factors_stride;
+  int64_t* group_rows;  // scratch: per thread, which of a chunk's rows are its group's; null where
+  int64_t group_rows_stride;  // no team has groups
   ForwardDirection<S, W> direction[2];
 };
 
@@ -201,7 +206,7 @@ struct BackwardDirection {
   int64_t dgates_stride;  // >= saved_blocks * Hp
   const E* dgates_next;   // (B, dgates_stride): dgates of the step walked just before this chunk;
                           // null at the first chunk
-  S* carry;               // (B, Hp): LSTM dc, GRU dh z; holds dc_n (LSTM) or zeros at first
+  S* carry;               // (state rows, Hp): LSTM dc, GRU dh z; holds dc_n or zeros at first
   E* dh;                  // packed rows of the chunk, (., Pp): dh before a projection; or null
   E* h_tilde;             // packed rows of the chunk, (., Hp); or null
   S *dh0, *dc0;           // (B, P), (B, H), caller's rows; or null: not wanted

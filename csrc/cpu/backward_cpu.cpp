@@ -53,9 +53,11 @@ class BackwardRun {
         y_(in.y),
         dy_(in.dy),
         gates_(direct_ ? Values<E>(in.gates) : Values<E>()),
-        cells_(in.cells) {
+        cells_(in.cells),
+        apart_(state_rows(work_, at::get_num_threads(), hidden_ * sizeof(S))) {
     args_.sizes = layer.sizes;
     args_.schedule = schedule_;
+    if (!apart_.empty()) args_.schedule.state_row = apart_.data();
     args_.directions = layer.directions;
     args_.dx = data_or_null<S>(out.dx);
     args_.add_dx = out.add_dx;
@@ -135,7 +137,7 @@ class BackwardRun {
       }
       scratch_.want(&dir.dgates, most_rows_ * stride_);
       scratch_.want(&next_[d], layer_.batch * stride_);
-      scratch_.want(&dir.carry, layer_.batch * hidden_);
+      scratch_.want(&dir.carry, state_row(args_.schedule, layer_.batch) * hidden_);
       scratch_.want(&h0_[d], layer_.batch * output_);
       if (has_cell_state(layer_.cell)) scratch_.want(&c0_[d], layer_.batch * hidden_);
       if (in_.dh_n) scratch_.want(&dh_n_[d], layer_.batch * output_);
@@ -167,7 +169,7 @@ class BackwardRun {
       BackwardDirection<S, E>& dir = args_.direction[d];
       fill_state(h0_[d], part(h0, d * outputs), layer_.sizes.output, schedule_);
       dir.h0 = h0_[d];
-      fill_state(dir.carry, part(dc_n, d * units), layer_.sizes.hidden, schedule_);
+      fill_state(dir.carry, part(dc_n, d * units), layer_.sizes.hidden, args_.schedule);
       if (c0_[d] != nullptr) {
         fill_state(c0_[d], part(c0, d * units), layer_.sizes.hidden, schedule_);
         dir.c0 = c0_[d];
@@ -213,6 +215,7 @@ class BackwardRun {
   const int64_t most_rows_;
   const Values<E> x_, y_, dy_, gates_;
   const Values<S> cells_;
+  const std::vector<int64_t> apart_;  // rows of carry
   WeightValues<S, E> weights_[2];
   BackwardArgs<S, E> args_{};
   Scratch scratch_;

@@ -175,7 +175,7 @@ class BackwardChunk {
       const int64_t before = previous_row(schedule_, d_.reverse, t, b);
       const bool cut = is_reset(d_.reset, schedule_, t, b);
       row.gates = d_.gates + (packed_row - first_row_) * d_.gates_stride;
-      row.carry = d_.carry + b * hidden_;
+      row.carry = d_.carry + state_row(schedule_, b) * hidden_;
       if constexpr (kCell == Cell::kLstm) {
         row.c = d_.cells + packed_row * d_.cells_stride;
         row.c_prev = cut           ? zeros_
@@ -288,7 +288,9 @@ class BackwardChunk {
   __attribute__((noinline)) void finish_h(int64_t u, Range rows) const {
     const auto is_cut = [&](int64_t b) { return is_reset(d_.reset, schedule_, u, b); };
     const auto put = [&](int64_t b, int64_t unit, Vec<S> dh) __attribute__((always_inline)) {
-      if (kCell == Cell::kGru && !is_cut(b)) dh += load(d_.carry + b * hidden_ + unit);
+      if (kCell == Cell::kGru && !is_cut(b)) {
+        dh += load(d_.carry + state_row(schedule_, b) * hidden_ + unit);
+      }
       store(d_.dh0 + caller_row(schedule_, b) * sizes_.output + unit, dh, sizes_.output - unit);
     };
     if (d_.packed.recurrent == nullptr) {
@@ -316,7 +318,8 @@ class BackwardChunk {
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       S* to = d_.dc0 + caller_row(schedule_, b) * sizes_.hidden;
       const bool cut = is_reset(d_.reset, schedule_, u, b);
-      for (int64_t i = begin; i < end; ++i) to[i] = cut ? S(0) : d_.carry[b * hidden_ + i];
+      const S* carry = d_.carry + state_row(schedule_, b) * hidden_;
+      for (int64_t i = begin; i < end; ++i) to[i] = cut ? S(0) : carry[i];
     }
   }
 

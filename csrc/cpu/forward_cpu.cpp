@@ -25,16 +25,21 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
                  const at::Tensor& y, const at::Tensor& h_n, const at::Tensor& c_n,
                  const at::Tensor& gates, const at::Tensor& cells) {
   const Sizes& sizes = layer.sizes;
-  const Schedule& schedule = storage.view;
   const bool save = gates.numel() > 0;
   const bool direct = gates.scalar_type() == kDtype<S>;
   const int64_t hidden = sizes.hidden_padded(), output = sizes.output_padded();
   const int64_t gates_width = saved_blocks(layer.cell) * hidden;
   const int64_t saved = layer.saved_width(), stride = row_stride<S>(gates_width);
   const int64_t input_gates = gate_blocks(layer.cell) * whole_panels(hidden);
-  const Workload work = workload_of(layer, schedule, 1);
-  const std::vector<int64_t> bounds = chunk_bounds(schedule, work);
-  const int64_t most_rows = chunk_rows(schedule, bounds);
+  const Workload work = workload_of(layer, storage.view, 1);
+  const std::vector<int64_t> bounds = chunk_bounds(storage.view, work);
+  const int64_t most_rows = chunk_rows(storage.view, bounds);
+  const int threads = most_threads(work, storage.view, bounds);
+  const std::vector<int64_t> apart =
+      state_rows(work, at::get_num_threads(), std::min(hidden, output) * sizeof(S));
+  Schedule schedule = storage.view;
+  if (!apart.empty()) schedule.state_row = apart.data();
+  const int64_t states = state_row(schedule, layer.batch);
 
   constexpr bool narrow = !std::is_same_v<S, E>;
   const Values<E> x(in.x);
@@ -78,14 +83,13 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     }
     scratch.want(&dir.packed.bias, input_gates);
     scratch.want(&dir.packed.bias_hn, hidden);
-    scratch.want(&dir.h[0], layer.batch * output);
-    scratch.want(&dir.h[1], layer.batch * output);
-    if (has_cell_state(layer.cell)) scratch.want(&dir.c, layer.batch * hidden);
-    if (sizes.projected) scratch.want(&dir.h_tilde, layer.batch * hidden);
+    scratch.want(&dir.h[0], states * output);
+    scratch.want(&dir.h[1], states * output);
+    if (has_cell_state(layer.cell)) scratch.want(&dir.c, states * hidden);
+    if (sizes.projected) scratch.want(&dir.h_tilde, states * hidden);
     if (!(save && direct)) scratch.want(&dir.gates, most_rows * stride);
   }
   if constexpr (narrow) {
-    const int threads = most_threads(work, schedule, bounds);
     args.factors_stride = padded(most_rows);
     args.words_stride =
         most_rows * words_of<E>(padded(std::max({sizes.input, sizes.hidden, sizes.output})));
@@ -95,7 +99,11 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   if (!worth_packing(work) && most_rows >= kLeastAcross) {
     args.across_stride = whole_panels(std::min(most_rows, kMostAcross)) *
                          words_of<E>(std::max({sizes.input, sizes.hidden, sizes.output}));
-    scratch.want(&args.across, most_threads(work, schedule, bounds) * args.across_stride);
+    scratch.want(&args.across, threads * args.across_stride);
+  }
+  if (threads > 1) {
+    args.group_rows_stride = padded(most_rows);
+    scratch.want(&args.group_rows, threads * args.group_rows_stride);
   }
   scratch.allocate();
   std::fill(zeros, zeros + zero_count, S(0));
@@ -147,7 +155,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     S* to = c_n.mutable_data_ptr<S>();
     for (int d = 0; d < layer.directions; ++d) {
       for (int64_t b = 0; b < layer.batch; ++b) {
-        const S* from = args.direction[d].c + b * hidden;
+        const S* from = args.direction[d].c + state_row(schedule, b) * hidden;
         const int64_t row = caller_row(schedule, b);
         std::copy(from, from + sizes.hidden, to + (d * layer.batch + row) * sizes.hidden);
       }

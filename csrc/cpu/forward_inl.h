@@ -23,6 +23,8 @@ class ForwardChunk {
         words_(args.words + slot.thread * args.words_stride),
         across_(args.across == nullptr ? nullptr : args.across + slot.thread * args.across_stride),
         factors_(args.factors + slot.thread * args.factors_stride),
+        group_rows_(slot.groups == 1 ? nullptr
+                                     : args.group_rows + slot.thread * args.group_rows_stride),
         hidden_(sizes_.hidden_padded()),
         output_(sizes_.output_padded()),
         panels_(panel_count<S>(hidden_, Panel::blocks)),
@@ -53,15 +55,18 @@ class ForwardChunk {
     }
   }
 
+  // A group projects the rows that it walks: no other core reads their gates.
   void project() const {
-    const int64_t rows = schedule_.row0[d_.chunk.end] - first_row_;
-    const Range mine = share(rows, slot_.group, slot_.groups);
+    const Range mine = {0, find_group_rows()};
+    const auto chunk_row = [&](int64_t row) __attribute__((always_inline)) {
+      return group_rows_ == nullptr ? row : group_rows_[row];
+    };
     const auto x_offset = [&](int64_t row) {
-      return io_row(schedule_, first_row_ + row) * sizes_.input;
+      return io_row(schedule_, first_row_ + chunk_row(row)) * sizes_.input;
     };
     const auto row_at = [&](int64_t row) { return d_.x + x_offset(row); };
     const auto fetch = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
-      S* gates = d_.gates + row * d_.gates_stride + panel * Panel::blocks * kLanes<S>;
+      S* gates = d_.gates + chunk_row(row) * d_.gates_stride + panel * Panel::blocks * kLanes<S>;
       for (int g = 0; g < kGates; ++g) fetch_to_write(gates + g * hidden_);
     };
     const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
@@ -69,10 +74,12 @@ class ForwardChunk {
       for (int r = 0; R > 2 && r < R; ++r) {
         with_next_tile(mine, own_panels_, row + R + r, panel, fetch);
       }
+      S* gates[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) gates[r] = d_.gates + chunk_row(row + r) * d_.gates_stride;
       each(tile, panel, hidden_, [&](int r, int v, int64_t unit) __attribute__((always_inline)) {
         const int64_t at = (v % kGates) * hidden_ + unit;
-        store(d_.gates + (row + r) * d_.gates_stride + at,
-              tile.sum[r][v] + load(d_.packed.bias + at));
+        store(gates[r] + at, tile.sum[r][v] + load(d_.packed.bias + at));
       });
     };
     const auto multiply = [&](auto left) __attribute__((always_inline)) {
@@ -123,6 +130,19 @@ class ForwardChunk {
 
   void pack_input(Word* packed, Range panels) const {
     pack_by_unit<kGates>(packed, d_.weights.w_ih, sizes_.hidden, words_of<F>(sizes_.input), panels);
+  }
+
+  // Notes which of the chunk's rows are this group's; returns how many.
+  int64_t find_group_rows() const {
+    if (group_rows_ == nullptr) return schedule_.row0[d_.chunk.end] - first_row_;
+    int64_t count = 0;
+    for (int64_t t = d_.chunk.begin; t < d_.chunk.end; ++t) {
+      const int64_t end = std::min(own_rows_.end, schedule_.rows[t]);
+      for (int64_t b = own_rows_.begin; b < end; ++b) {
+        group_rows_[count++] = schedule_.row0[t] - first_row_ + b;
+      }
+    }
+    return count;
   }
 
   // The index-th of this thread's rows of k values in words.
@@ -232,9 +252,11 @@ class ForwardChunk {
     const S* h_read = d_.h[turn_];
     S* h_write = d_.h[turn_ ^ 1];
     const auto is_cut = [&](int64_t b) { return is_reset(d_.reset, schedule_, t, b); };
-    const auto h_prev = [&](int64_t b) { return is_cut(b) ? zeros_ : h_read + b * output_; };
+    const auto h_prev = [&](int64_t b) {
+      return is_cut(b) ? zeros_ : h_read + state_row(schedule_, b) * output_;
+    };
     const auto put_output = [&](int64_t b, int64_t unit, Vec<S> h) __attribute__((always_inline)) {
-      store(h_write + b * output_ + unit, h);
+      store(h_write + state_row(schedule_, b) * output_ + unit, h);
       const int64_t at = io_row(schedule_, row0 + b) * d_.y_stride + unit;
       if constexpr (std::is_same_v<F, Bf16>) {
         if (d_.y_half != nullptr) return F::store_half(d_.y_half + at, h, sizes_.output - unit);
@@ -255,7 +277,7 @@ class ForwardChunk {
         row.saved = d_.saved_half + chunk_row * d_.saved_stride;
       }
       if constexpr (kCell == Cell::kLstm) {
-        row.c = d_.c + b * hidden_;
+        row.c = d_.c + state_row(schedule_, b) * hidden_;
         row.state = is_cut(b) ? zeros_ : row.c;
         if (save_) row.cells = d_.cells + (row0 + b) * d_.cells_stride;
       } else if constexpr (kCell == Cell::kGru) {
@@ -274,7 +296,7 @@ class ForwardChunk {
         fetch_to_write(row.c + unit);
         if (save_) fetch_to_write(row.cells + unit);
       }
-      fetch_to_write(h_write + b * output_ + unit);
+      fetch_to_write(h_write + state_row(schedule_, b) * output_ + unit);
       const int64_t at = io_row(schedule_, row0 + b) * d_.y_stride + unit;
       if (d_.y_half != nullptr) {
         fetch_to_write(d_.y_half + at);
@@ -311,7 +333,7 @@ class ForwardChunk {
       each_row([&](int r, int block, int64_t unit) __attribute__((always_inline)) {
         const Vec<S> h = cell.finish(half[r][block], row_of(b0 + r), unit);
         if (kCell == Cell::kLstm && sizes_.projected) {
-          store(d_.h_tilde + (b0 + r) * hidden_ + unit, h);
+          store(d_.h_tilde + state_row(schedule_, b0 + r) * hidden_ + unit, h);
         } else {
           put_output(b0 + r, unit, h);
         }
@@ -323,7 +345,9 @@ class ForwardChunk {
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {
         slot_.wait_parts();
-        const auto h_tilde = [&](int64_t b) { return d_.h_tilde + b * hidden_; };
+        const auto h_tilde = [&](int64_t b) {
+          return d_.h_tilde + state_row(schedule_, b) * hidden_;
+        };
         const auto put = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0,
                                             int64_t panel) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -352,7 +376,8 @@ class ForwardChunk {
     const int64_t end = std::min(own_output_panels_.end * width, sizes_.output);
     for (int64_t b = std::max(mine.begin, going_on); b < mine.end; ++b) {
       S* to = d_.h_n + caller_row(schedule_, b) * sizes_.output;
-      std::copy(h + b * output_ + begin, h + b * output_ + std::max(begin, end), to + begin);
+      const S* from = h + state_row(schedule_, b) * output_;
+      std::copy(from + begin, from + std::max(begin, end), to + begin);
     }
   }
 
@@ -365,6 +390,7 @@ class ForwardChunk {
   Word* const words_;
   Word* const across_;
   S* const factors_;
+  int64_t* const group_rows_;
   const int64_t hidden_, output_;  // padded
   const int64_t panels_, output_panels_;
   const Range own_panels_, own_output_panels_;
@@ -385,7 +411,6 @@ void forward_chunk(const ForwardArgs<S, typename F::Word>& args, const Slot& slo
       if (slot.groups > 1) slot.wait_team();
     }
     chunk.project();
-    if (slot.groups > 1) slot.wait_team();
     chunk.walk();
   }
 }

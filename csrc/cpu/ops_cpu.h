@@ -181,16 +181,16 @@ struct WeightValues {
   }
 };
 
-// Rows of (B, units) of one direction, in sorted order, padded with zeros; zeros where `state` is
-// null.
+// Rows of (B, units) of one direction, in sorted order and where the schedule's states lie, padded
+// with zeros; zeros where `state` is null.
 template <class S>
 void fill_state(S* to, const S* state, int64_t units, const Schedule& schedule) {
   const int64_t stride = padded(units);
-  std::fill(to, to + schedule.batch * stride, S(0));
+  std::fill(to, to + state_row(schedule, schedule.batch) * stride, S(0));
   if (state == nullptr) return;
   for (int64_t b = 0; b < schedule.batch; ++b) {
-    const int64_t row = caller_row(schedule, b);
-    std::copy(state + row * units, state + (row + 1) * units, to + b * stride);
+    const S* from = state + caller_row(schedule, b) * units;
+    std::copy(from, from + units, to + state_row(schedule, b) * stride);
   }
 }
 

@@ -32,6 +32,7 @@ constexpr int64_t kLongRows = 128;
 // A single step of many rows packs those instead (across_inl.h); only for more than so many the
 // weights come cheaper.
 constexpr int64_t kWorthPackingOneStep = 512;
+constexpr int64_t kPageBytes = 4096;
 // Up to so many rows of a single step, backward reads the weights as they lie.
 constexpr int64_t kFewRows = 16;
 
@@ -87,6 +88,22 @@ Plan plan_team(const Workload& work, int threads) {
   plan.groups =
       static_cast<int>(std::min<int64_t>(each / plan.parts, std::max<int64_t>(work.batch / 2, 1)));
   return plan;
+}
+
+std::vector<int64_t> state_rows(const Workload& work, int threads, int64_t row_bytes) {
+  const int groups = plan_team(work, threads).groups;
+  std::vector<int64_t> rows;
+  if (groups <= 1) return rows;
+  // Prefetchers run ahead into the next group's rows, which another core writes at every step, and
+  // stop at a page's end.
+  const int64_t gap = (kPageBytes + row_bytes - 1) / row_bytes;
+  rows.reserve(work.batch + 1);
+  for (int group = 0; group < groups; ++group) {
+    const Range own = share(work.batch, group, groups);
+    for (int64_t b = own.begin; b < own.end; ++b) rows.push_back(b + group * gap);
+  }
+  rows.push_back(work.batch + groups * gap);
+  return rows;
 }
 
 int64_t chunk_target(Cell cell, const Sizes& sizes, int64_t value_size) {

@@ -33,6 +33,10 @@ bool worth_packing_backward(const Schedule& schedule, const Workload& work);
 
 Plan plan_team(const Workload& work, int threads);
 
+// Where the rows of a state of `row_bytes` or more a row lie, so that no line of one group's is
+// near one of another's: Schedule::state_row. Empty where there is one group.
+std::vector<int64_t> state_rows(const Workload& work, int threads, int64_t row_bytes);
+
 // About how many (step, row) pairs a chunk of time should have.
 int64_t chunk_target(Cell cell, const Sizes& sizes, int64_t value_size);
 

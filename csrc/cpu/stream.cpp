@@ -149,7 +149,7 @@ struct Frozen {
     ForwardArgs<float, W> args{};
     args.sizes = s;
     const int64_t row0[2] = {0, 0}, rows[1] = {0};
-    args.schedule = {1, 0, rows, row0, nullptr, nullptr};
+    args.schedule = {1, 0, rows, row0, nullptr, nullptr, nullptr};
     args.directions = 1;
     auto& d = args.direction[0];
     d.chunk = {0, 1, true, false};  // not the last: what is packed stays
@@ -207,12 +207,12 @@ class Layer final : public FrozenLayer {
     d.x = x;
     d.y = y;
     d.chunk = {0, steps, false, true};
-    args_.schedule = {steps, batch_, rows_.data(), row0_.data(), nullptr, nullptr};
+    args_.schedule = {steps, batch_, rows_.data(), row0_.data(), nullptr, nullptr, nullptr};
     const Workload work = {
         cell, sizes, 1, batch_, steps * batch_, sizeof(float), frozen_->value_size, 1};
     const auto plan = [&](int given) { return plan_team(work, given); };
     if (steps == 1 && multiplications(work) < kWorthWaking) threads = 1;
-    if constexpr (!std::is_same_v<W, float>) make_words(plan(threads).threads());
+    make_room(plan(threads).threads());
     run_team(threads, 1, plan, [&](const Slot& slot) { frozen_->kernels.forward(args_, slot); });
     d.turn ^= steps & 1;
   }
@@ -253,18 +253,24 @@ class Layer final : public FrozenLayer {
     }
   }
 
-  // Room for the narrow rows of each of `threads`.
-  void make_words(int threads) {
+  // Scratch for each of `threads`.
+  void make_room(int threads) {
     if (threads <= threads_) return;
-    const int64_t each = 4 / frozen_->value_size;
     const int64_t most_rows = most_steps_ * batch_;
-    const int64_t row = padded(std::max({sizes.input, sizes.hidden, sizes.output})) / each;
-    args_.words_stride = (most_rows * row + 15) / 16 * 16;
-    args_.factors_stride = (most_rows + 15) / 16 * 16;
-    Scratch& words = words_.emplace();
-    words.want(&args_.words, threads * args_.words_stride);
-    words.want(&args_.factors, threads * args_.factors_stride);
-    words.allocate();
+    Scratch& scratch = of_threads_.emplace();
+    if (threads > 1) {
+      args_.group_rows_stride = padded(most_rows);
+      scratch.want(&args_.group_rows, threads * args_.group_rows_stride);
+    }
+    if constexpr (!std::is_same_v<W, float>) {
+      const int64_t each = 4 / frozen_->value_size;
+      const int64_t row = padded(std::max({sizes.input, sizes.hidden, sizes.output})) / each;
+      args_.words_stride = padded(most_rows * row);
+      args_.factors_stride = padded(most_rows);
+      scratch.want(&args_.words, threads * args_.words_stride);
+      scratch.want(&args_.factors, threads * args_.factors_stride);
+    }
+    scratch.allocate();
     threads_ = threads;
   }
 
@@ -275,7 +281,7 @@ class Layer final : public FrozenLayer {
   ForwardArgs<float, W> args_{};
   Scratch scratch_;
   float* zeros_ = nullptr;
-  std::optional<Scratch> words_;
+  std::optional<Scratch> of_threads_;
   int threads_ = 0;
 };
 

@@ -48,6 +48,10 @@ inline int64_t caller_row(const Schedule& schedule, int64_t row) {
   return schedule.order == nullptr ? row : schedule.order[row];
 }
 
+inline int64_t state_row(const Schedule& schedule, int64_t row) {
+  return schedule.state_row == nullptr ? row : schedule.state_row[row];
+}
+
 // True where the state entering step t of sorted row b is cut off from the past.
 inline bool is_reset(const uint8_t* reset, const Schedule& schedule, int64_t t, int64_t b) {
   return reset != nullptr && reset[schedule.row0[t] + b] != 0;

@@ -150,6 +150,26 @@ Values pad_rows(const Values& from, int64_t rows, int64_t units) {
   return to;
 }
 
+// The groups' rows of a state lie two rows apart.
+std::vector<int64_t> state_rows(const Case& c) {
+  std::vector<int64_t> rows;
+  for (int group = 0; group < c.plan.groups; ++group) {
+    const Range own = share(c.batch, group, c.plan.groups);
+    for (int64_t b = own.begin; b < own.end; ++b) rows.push_back(b + 2 * group);
+  }
+  return rows;
+}
+
+// Rows of `units` values, padded, where the states lie; NaN between them.
+Values place_rows(const Values& from, const std::vector<int64_t>& at, int64_t units) {
+  Values to((at.back() + 1) * padded(units), std::numeric_limits<double>::quiet_NaN());
+  for (size_t b = 0; b < at.size(); ++b) {
+    double* row = &to[at[b] * padded(units)];
+    std::fill(std::copy(&from[b * units], &from[b * units] + units, row), row + padded(units), 0.0);
+  }
+  return to;
+}
+
 void run(const Plan& plan, const std::function<void(const Slot&)>& body) {
   Barriers barriers(plan.threads());
   std::vector<std::thread> threads;
@@ -189,15 +209,17 @@ void check(const Case& c, const KernelTable<double>& table) {
   const int64_t gates = gate_blocks(c.cell), width = saved_blocks(c.cell) * Hp;
   const int64_t steps = p.steps(), chunks = (steps + c.chunk - 1) / c.chunk;
   const auto whole = [](int64_t columns) { return (columns + 63) / 64 * 64; };
-  const Schedule schedule = {steps, c.batch, p.rows.data(), p.row0.data(), nullptr, nullptr};
+  const std::vector<int64_t> at = state_rows(c);
+  const Schedule schedule = {steps, c.batch, p.rows.data(), p.row0.data(), nullptr, nullptr,
+                             at.data()};
   const Weights<double> weights = {p.w_ih.data(), p.w_hh.data(), p.b_ih.data(), p.b_hh.data(),
                                    p.sizes.projected ? p.w_hr.data() : nullptr};
   const uint8_t* reset = p.reset.empty() ? nullptr : p.reset.data();
   const Values zeros(4 * Hp);
 
   Values y(pairs * P), h_n = p.h0, saved(pairs * width), cells(pairs * Hp);
-  Values h_a = pad_rows(p.h0, c.batch, P), h_b = h_a, cell = pad_rows(p.c0, c.batch, H);
-  Values h_tilde(c.batch * Hp), bias(gates * whole(Hp)), bias_hn(Hp);
+  Values h_a = place_rows(p.h0, at, P), h_b = h_a, cell = place_rows(p.c0, at, H);
+  Values h_tilde((at.back() + 1) * Hp), bias(gates * whole(Hp)), bias_hn(Hp);
   Values packed_input(gates * whole(Hp) * c.input), packed_recurrent(gates * whole(Hp) * P);
   Values packed_projection(whole(Pp) * H);
   ForwardArgs<double> forward{};
@@ -218,6 +240,9 @@ void check(const Case& c, const KernelTable<double>& table) {
     across.resize(c.plan.threads() * forward.across_stride);
     forward.across = across.data();
   }
+  std::vector<int64_t> group_rows(c.plan.threads() * pairs);
+  forward.group_rows = group_rows.data();
+  forward.group_rows_stride = pairs;
   f.x = p.x.data();
   f.y = y.data();
   f.y_stride = P;
@@ -239,11 +264,16 @@ void check(const Case& c, const KernelTable<double>& table) {
   const Result want = plain_forward(c, p);
   expect_close("y", c, y, want.y, 1e-12);
   expect_close("h_n", c, h_n, want.h_n, 1e-12);
-  if (c.cell == Cell::kLstm) expect_close("c_n", c, cell, pad_rows(want.c_n, c.batch, H), 1e-12);
+  if (c.cell == Cell::kLstm) {
+    for (int64_t b = 0; b < c.batch; ++b) {
+      const double *got = &cell[at[b] * Hp], *expected = &want.c_n[b * H];
+      expect_close("c_n", c, Values(got, got + H), Values(expected, expected + H), 1e-12);
+    }
+  }
 
   const Values h0 = pad_rows(p.h0, c.batch, P), c0 = pad_rows(p.c0, c.batch, H);
   const Values dh_n = pad_rows(p.dh_n, c.batch, P);
-  Values carry = c.cell == Cell::kLstm ? pad_rows(p.dc_n, c.batch, H) : Values(c.batch * Hp);
+  Values carry = place_rows(c.cell == Cell::kLstm ? p.dc_n : Values(c.batch * H), at, H);
   Values dgates(pairs * width), next(c.batch * width), dh(pairs * Pp), all_h_tilde(pairs * Hp);
   // What is written must not depend on what was there; what is added to, holds zeros.
   const double nan = std::numeric_limits<double>::quiet_NaN();
