@@ -73,9 +73,7 @@ struct Bf16 {
     if (n >= kLanes<float>) {
       __builtin_memcpy(to, &halves, sizeof(halves));
     } else {
-      uint16_t lanes[kLanes<float>];
-      __builtin_memcpy(lanes, &halves, sizeof(halves));
-      copy_some(to, lanes, n);
+      store_some(to, halves, n);
     }
   }
 
@@ -170,14 +168,12 @@ using FormatOf = std::conditional_t<std::is_same_v<E, uint16_t>, Bf16, Exact<E>>
 
 // The bits of n values, n <= lanes, each in a word of its own.
 FUSEDRNN_HD Vec<uint32_t> load_bits(const uint16_t* from, int64_t n) {
-  uint16_t values[kLanes<float>] = {};
-  if (n >= kLanes<float>) {
-    __builtin_memcpy(values, from, sizeof(values));
-  } else {
-    copy_some(values, from, n);
-  }
   Bf16::Halves halves;
-  __builtin_memcpy(&halves, values, sizeof(halves));
+  if (n >= kLanes<float>) {
+    __builtin_memcpy(&halves, from, sizeof(halves));
+  } else {
+    halves = load_some<Bf16::Halves>(from, n);
+  }
   return __builtin_convertvector(halves, Vec<uint32_t>);
 }
 

@@ -264,6 +264,8 @@ class ForwardChunk {
       store(d_.y + at, h, sizes_.output - unit);
     };
 
+    if (slot_.parts > 1) fetch_states(h_read, h_write, mine);
+
     using CellStep = CellForward<kCell, S, Saved>;
     const CellStep cell = {hidden_, save_, d_.packed.bias_hn};
     const auto row_of = [&](int64_t b) __attribute__((always_inline)) {
@@ -366,6 +368,19 @@ class ForwardChunk {
     }
     keep_final(t, mine, h_write);
     slot_.wait_parts();
+  }
+
+  // Parts write their units of h and read all others': those arrive side by side so, and the lines
+  // to be written have become this core's own by the time they are.
+  void fetch_states(const S* h_read, S* h_write, Range rows) const {
+    constexpr int64_t line = 64 / sizeof(S), width = Panel::blocks * kLanes<S>;
+    const int64_t begin = own_panels_.begin * width;
+    const int64_t end = std::min(own_panels_.end * width, output_);
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const int64_t row = state_row(schedule_, b) * output_;
+      for (int64_t i = 0; i < output_; i += line) fetch_to_read(h_read + row + i);
+      for (int64_t i = begin; i < end; i += line) fetch_to_write(h_write + row + i);
+    }
   }
 
   // Copies this thread's units of the rows for which t was the last step walked to h_n.

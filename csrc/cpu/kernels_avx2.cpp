@@ -7,10 +7,11 @@
   #include "cpu/kernels_prelude.h"
 
   #if defined(__clang__)
-    #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+    #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,prfchw"))), \
+                                 apply_to = function)
   #else
     #pragma GCC push_options
-    #pragma GCC target("avx2,fma,f16c")
+    #pragma GCC target("avx2,fma,f16c,prfchw")
   #endif
 
   #include "cpu/kernels_inl.h"

@@ -7,12 +7,12 @@
   #include "cpu/kernels_prelude.h"
 
   #if defined(__clang__)
-    #pragma clang attribute push(                                                    \
-        __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    #pragma clang attribute push(                                                           \
+        __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw"))), \
         apply_to = function)
   #else
     #pragma GCC push_options
-    #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+    #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw")
   #endif
 
   #include "cpu/kernels_inl.h"

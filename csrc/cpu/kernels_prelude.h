@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef FUSEDRNN_DOT_PRODUCTS
+#if defined(__x86_64__)
   #include <immintrin.h>
 #endif
 

@@ -13,49 +13,46 @@
 
 namespace fusedrnn {
 
-// Spins for a bounded time, then gives up the core at each turn: a spinning thread would otherwise
-// starve the one it waits for when there are more threads than cores.
-class alignas(64) Barrier {
- public:
-  void wait(int threads) {
-    if (threads <= 1) return;
-    const uint32_t turn = turn_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-      arrived_.store(0, std::memory_order_relaxed);
-      turn_.store(turn + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-      if (spins < kSpins) {
+// How often a thread has arrived at a barrier; its own line, which it alone writes: the others hear
+// of it in one transfer between two cores.
+struct alignas(128) Arrivals {
+  std::atomic<uint32_t> count{0};
+};
+
+// Waits at the barrier of `threads` threads as its index-th. Spins for a bounded time, then gives
+// up the core at each turn: a spinning thread would otherwise starve the one it waits for when
+// there are more threads than cores.
+inline void wait_for_all(Arrivals* arrivals, int threads, int index) {
+  if (threads <= 1) return;
+  constexpr int kSpins = 2000;  // some 50 us
+  const auto pause = [] {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  };
+  const uint32_t turn = arrivals[index].count.load(std::memory_order_relaxed) + 1;
+  arrivals[index].count.store(turn, std::memory_order_release);
+  int spins = 0;
+  for (int i = 0; i < threads; ++i) {
+    // Who is not behind may be ahead, at the next barrier already.
+    while (static_cast<int32_t>(arrivals[i].count.load(std::memory_order_acquire) - turn) < 0) {
+      if (++spins < kSpins) {
         pause();
       } else {
         sched_yield();
       }
     }
   }
-
- private:
-  static constexpr int kSpins = 2000;  // some 50 us
-
-  static void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> turn_{0};
-};
+}
 
 inline constexpr int kMaxThreads = 256;
 
-// A thread alone waits for nobody.
+// Of a team and of its groups' parts, by thread. A thread alone waits for nobody.
 struct Barriers {
-  explicit Barriers(int threads) : group(threads > 1 ? threads : 0) {}
-  Barrier team;
-  std::vector<Barrier> group;
+  explicit Barriers(int threads) : team(threads > 1 ? threads : 0), parts(team.size()) {}
+  std::vector<Arrivals> team, parts;
 };
 
 // How a team is split. directions * groups * parts <= threads; the rest of the team idles.
@@ -72,11 +69,11 @@ struct Slot {
   int direction_begin, direction_end;
   int group, groups;
   int part, parts;
-  Barrier* team;
-  Barrier* group_barrier;  // of this thread's parts
+  Arrivals* team;
+  Arrivals* group_parts;  // of this thread's group
 
-  void wait_team() const { team->wait(threads); }
-  void wait_parts() const { group_barrier->wait(parts); }
+  void wait_team() const { wait_for_all(team, threads, thread); }
+  void wait_parts() const { wait_for_all(group_parts, parts, part); }
 };
 
 inline Slot slot_of(const Plan& plan, int thread, int directions, Barriers& barriers) {
@@ -92,9 +89,8 @@ inline Slot slot_of(const Plan& plan, int thread, int directions, Barriers& barr
   slot.groups = plan.groups;
   slot.part = thread % plan.parts;
   slot.parts = plan.parts;
-  slot.team = &barriers.team;
-  slot.group_barrier =
-      barriers.group.empty() ? &barriers.team : &barriers.group[direction * plan.groups + group];
+  slot.team = barriers.team.data();
+  slot.group_parts = barriers.parts.data() + (thread - slot.part);
   return slot;
 }
 

@@ -41,21 +41,73 @@ __attribute__((noinline)) void copy_some(S* to, const S* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
+#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
+FUSEDRNN_HD uint32_t first_lanes(int64_t n) { return n <= 0 ? 0 : (uint32_t{1} << n) - 1; }
+#elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
+// Every bit of the first n lanes of 4 or 8 bytes.
+template <class I>
+FUSEDRNN_HD __m256i first_lanes(int64_t n) {
+  Vec<I> lane;
+  for (int i = 0; i < kLanes<I>; ++i) lane[i] = i;
+  return (__m256i)(lane < static_cast<I>(n));
+}
+#endif
+
+// Fewer lanes of V than it has: the first n, none where n is negative; the others read as zero and
+// are not written.
+template <class V, class S>
+FUSEDRNN_HD V load_some(const S* from, int64_t n) {
+#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
+  if constexpr (sizeof(S) == 8) return (V)_mm512_maskz_loadu_epi64(first_lanes(n), from);
+  if constexpr (sizeof(S) == 4) return (V)_mm512_maskz_loadu_epi32(first_lanes(n), from);
+  if constexpr (sizeof(S) == 2) return (V)_mm256_maskz_loadu_epi16(first_lanes(n), from);
+#else
+  #if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
+  if constexpr (sizeof(S) == 8) {
+    return (V)_mm256_maskload_epi64((const long long*)from, first_lanes<int64_t>(n));
+  }
+  if constexpr (sizeof(S) == 4) {
+    return (V)_mm256_maskload_epi32((const int*)from, first_lanes<int32_t>(n));
+  }
+  #endif
+  V v{};
+  copy_some(reinterpret_cast<S*>(&v), from, n);
+  return v;
+#endif
+}
+
+template <class S, class V>
+FUSEDRNN_HD void store_some(S* to, V v, int64_t n) {
+#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
+  if constexpr (sizeof(S) == 8) _mm512_mask_storeu_epi64(to, first_lanes(n), (__m512i)v);
+  if constexpr (sizeof(S) == 4) _mm512_mask_storeu_epi32(to, first_lanes(n), (__m512i)v);
+  if constexpr (sizeof(S) == 2) _mm256_mask_storeu_epi16(to, first_lanes(n), (__m256i)v);
+#else
+  #if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
+  if constexpr (sizeof(S) == 8) {
+    return _mm256_maskstore_epi64((long long*)to, first_lanes<int64_t>(n), (__m256i)v);
+  }
+  if constexpr (sizeof(S) == 4) {
+    return _mm256_maskstore_epi32((int*)to, first_lanes<int32_t>(n), (__m256i)v);
+  }
+  #endif
+  copy_some(to, reinterpret_cast<const S*>(&v), n);
+#endif
+}
+
 // The first n lanes (n may exceed the lanes); the others read as zero and are not written.
 template <class S>
 FUSEDRNN_HD Vec<S> load(const S* from, int64_t n) {
-  if (n >= kLanes<S>) return load(from);
-  S lanes[kLanes<S>] = {};
-  copy_some(lanes, from, n);
-  return load(lanes);
+  return n >= kLanes<S> ? load(from) : load_some<Vec<S>>(from, n);
 }
 
 template <class S>
 FUSEDRNN_HD void store(S* to, Vec<S> v, int64_t n) {
-  if (n >= kLanes<S>) return store(to, v);
-  S lanes[kLanes<S>];
-  store(lanes, v);
-  copy_some(to, lanes, n);
+  if (n >= kLanes<S>) {
+    store(to, v);
+  } else {
+    store_some(to, v, n);
+  }
 }
 
 // The line at an address into the cache, to be read, or to be written too.
