@@ -110,6 +110,8 @@ struct Weights {
   const S* b_ih;  // (G*H) or null
   const S* b_hh;  // (G*H) or null
   const W* w_hr;  // (P, H) or null
+  // bfloat16, in place of b_ih and b_hh; or null
+  const uint16_t *b_ih_half = nullptr, *b_hh_half = nullptr;
 };
 
 // What turns the sums of 8-bit products into values: (sum - offset) * factor * the row's factor.
@@ -211,7 +213,9 @@ struct BackwardDirection {
   E* h_tilde;             // packed rows of the chunk, (., Hp); or null
   S *dh0, *dc0;           // (B, P), (B, H), caller's rows; or null: not wanted
   S *dw_ih, *dw_hh;  // like the weights: written at the first chunk, added to at the others; or
-  S *db_ih, *db_hh, *dw_hr;  // null: not wanted
+  S *db_ih, *db_hh, *dw_hr;           // null: not wanted
+  uint16_t *dw_ih_half, *dw_hh_half;  // of a single row: bfloat16, in place of dw_ih and dw_hh; or
+                                      // null
   const uint8_t* reset;
 };
 

@@ -18,6 +18,11 @@ struct GradientTensors {
   std::vector<at::Tensor> dparams;
 };
 
+// Whether the kernels write the weights' gradients as bfloat16: they are sums of one term.
+bool rounds_itself(const Layer& layer) {
+  return is_narrow(layer) && layer.rows == 1 && !layer.sizes.projected;
+}
+
 template <class S>
 S* data_or_null(const at::Tensor& t) {
   return t.defined() ? data_of<S>(t) : nullptr;
@@ -84,9 +89,11 @@ class BackwardRun {
   void describe(int d, const ScheduleStorage& storage, const GradientTensors& out) {
     BackwardDirection<S, E>& dir = args_.direction[d];
     const Sizes& sizes = layer_.sizes;
-    const auto gradient = [&](int index) {
-      return data_or_null<S>(out.dparams[d * layer_.params_per_direction + index]);
+    const auto param = [&](int index) -> const at::Tensor& {
+      return out.dparams[d * layer_.params_per_direction + index];
     };
+    const auto gradient = [&](int index) { return data_or_null<S>(param(index)); };
+    const auto half_gradient = [&](int index) { return data_or_null<uint16_t>(param(index)); };
     weights_[d] = WeightValues<S, E>(layer_, in_.layer.params, d, /*biases=*/false);
     dir.reverse = d == 1;
     dir.weights = weights_[d].view();
@@ -104,8 +111,13 @@ class BackwardRun {
     if (out.dc0.defined()) {
       dir.dc0 = data_or_null<S>(out.dc0) + d * layer_.batch * sizes.hidden;
     }
-    dir.dw_ih = gradient(0);
-    dir.dw_hh = gradient(1);
+    if (rounds_itself(layer_)) {
+      dir.dw_ih_half = half_gradient(0);
+      dir.dw_hh_half = half_gradient(1);
+    } else {
+      dir.dw_ih = gradient(0);
+      dir.dw_hh = gradient(1);
+    }
     if (layer_.has_biases) {
       dir.db_ih = gradient(2);
       dir.db_hh = gradient(3);
@@ -242,11 +254,12 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   GradientTensors out;
   out.add_dx = directions == 2;
   const bool no_steps = storage.view.steps == 0;  // then no kernel writes anything
-  const auto empty_or_zero = [&](at::IntArrayRef shape, bool zero) {
-    return zero ? zero_tensor(shape, exact) : empty_tensor(shape, exact);
+  const auto empty_or_zero = [&](at::IntArrayRef shape, bool zero,
+                                 const at::TensorOptions& options) {
+    return zero ? zero_tensor(shape, options) : empty_tensor(shape, options);
   };
   if (output_mask[0]) {
-    out.dx = empty_or_zero(x.sizes(), out.add_dx || no_steps);
+    out.dx = empty_or_zero(x.sizes(), out.add_dx || no_steps, exact);
     if (!out.add_dx && storage.padded) zero_padding(out.dx, layer, storage.view);
   }
   // Rows without a step hand their gradient straight through.
@@ -259,7 +272,9 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   if (output_mask[2] && has_cell_state(layer.cell)) out.dc0 = through(dc_n, layer.sizes.hidden);
   out.dparams.resize(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    if (output_mask[3 + i]) out.dparams[i] = empty_or_zero(params[i].sizes(), no_steps);
+    if (!output_mask[3 + i]) continue;
+    const bool rounded = params[i].dim() == 2 && rounds_itself(layer);
+    out.dparams[i] = empty_or_zero(params[i].sizes(), no_steps, rounded ? x.options() : exact);
   }
   with_types(layer,
              [&]<class S, class E>() { BackwardRun<S, E>(layer, storage, saved, out).run(); });

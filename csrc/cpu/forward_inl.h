@@ -231,17 +231,21 @@ class ForwardChunk {
   void pack_bias(Range panels) const {
     const auto& w = d_.weights;
     constexpr int64_t width = Panel::blocks * kLanes<S>;
-    const auto at = [](const S* bias, int64_t i) { return bias == nullptr ? S(0) : bias[i]; };
-    for (int64_t unit = panels.begin * width; unit < std::min(panels.end * width, hidden_);
-         ++unit) {
+    const auto at = [](const S* bias, const uint16_t* half, int64_t i, int64_t n) {
+      if constexpr (std::is_same_v<S, float>) {
+        if (half != nullptr) return read(half + i, n);
+      }
+      return bias == nullptr ? Vec<S>{} : load(bias + i, n);
+    };
+    const int64_t end = std::min(panels.end * width, hidden_);
+    for (int64_t unit = panels.begin * width; unit < end; unit += kLanes<S>) {
       for (int g = 0; g < kGates; ++g) {
+        const int64_t i = g * sizes_.hidden + unit, n = sizes_.hidden - unit;
+        const Vec<S> ih = at(w.b_ih, w.b_ih_half, i, n), hh = at(w.b_hh, w.b_hh_half, i, n);
         // The GRU multiplies W_hn h + b_hn by the reset gate: that bias stays apart.
         const bool apart = kCell == Cell::kGru && g == 2;
-        const int64_t i = g * sizes_.hidden + unit;
-        const bool inside = unit < sizes_.hidden;
-        d_.packed.bias[g * hidden_ + unit] =
-            inside ? at(w.b_ih, i) + (apart ? S(0) : at(w.b_hh, i)) : S(0);
-        if (apart) d_.packed.bias_hn[unit] = inside ? at(w.b_hh, i) : S(0);
+        store(d_.packed.bias + g * hidden_ + unit, apart ? ih : ih + hh);
+        if (apart) store(d_.packed.bias_hn + unit, hh);
       }
     }
   }

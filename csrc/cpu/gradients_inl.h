@@ -228,22 +228,28 @@ class ChunkGradients {
       const int block = static_cast<int>(i / units);
       const int64_t unit = i % units;
       const S dgate = value_of(d_.dgates[block * hidden_ + unit]);
-      const auto put = [&](int gate, S* dw, S* db, const E* v, int64_t n) {
+      const auto put = [&](int gate, S* dw, uint16_t* half, S* db, const E* v, int64_t n) {
         if (gate < 0) return;
         const int64_t row = gate * units + unit;
+        if (half != nullptr) put_multiple(half + row * n, v, n, dgate);
         if (dw != nullptr) put_multiple(dw + row * n, v, n, dgate);
         if (db != nullptr) db[row] = dgate;
       };
-      put(blocks_.input_gate[block], d_.dw_ih, d_.db_ih, x, sizes_.input);
-      put(blocks_.hidden_gate[block], d_.dw_hh, d_.db_hh, h, sizes_.output);
+      put(blocks_.input_gate[block], d_.dw_ih, d_.dw_ih_half, d_.db_ih, x, sizes_.input);
+      put(blocks_.hidden_gate[block], d_.dw_hh, d_.dw_hh_half, d_.db_hh, h, sizes_.output);
     }
   }
 
   // v null: zeros.
-  static void put_multiple(S* to, const E* v, int64_t n, S factor) {
+  template <class T>
+  static void put_multiple(T* to, const E* v, int64_t n, S factor) {
     for (int64_t i = 0; i < n; i += kLanes<S>) {
-      const Vec<S> value = v == nullptr ? Vec<S>{} : read(v + i, n - i);
-      store(to + i, value * factor, n - i);
+      const Vec<S> value = (v == nullptr ? Vec<S>{} : read(v + i, n - i)) * factor;
+      if constexpr (std::is_same_v<T, S>) {
+        store(to + i, value, n - i);
+      } else if constexpr (std::is_same_v<S, float>) {
+        Bf16::store_half(to + i, value, n - i);
+      }
     }
   }
 

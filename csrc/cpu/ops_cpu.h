@@ -165,19 +165,27 @@ template <class S, class E>
 struct WeightValues {
   Matrix<E> w_ih, w_hh, w_hr;
   Values<S> b_ih, b_hh;
+  Values<uint16_t> b_ih_half, b_hh_half;  // in their place where values are kept as bfloat16
 
   WeightValues() = default;
   WeightValues(const Layer& layer, at::TensorList params, int d, bool biases)
       : w_ih(layer.param(params, d, 0)), w_hh(layer.param(params, d, 1)) {
     if (layer.has_biases && biases) {
-      b_ih = Values<S>(layer.param(params, d, 2));
-      b_hh = Values<S>(layer.param(params, d, 3));
+      const at::Tensor &ih = layer.param(params, d, 2), &hh = layer.param(params, d, 3);
+      if constexpr (std::is_same_v<S, E>) {
+        b_ih = Values<S>(ih);
+        b_hh = Values<S>(hh);
+      } else {
+        b_ih_half = Values<uint16_t>(ih);
+        b_hh_half = Values<uint16_t>(hh);
+      }
     }
     if (layer.sizes.projected) w_hr = Matrix<E>(layer.param(params, d, layer.has_biases ? 4 : 2));
   }
 
   Weights<S, Word<E>> view() const {
-    return {w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data(), w_hr.data()};
+    return {w_ih.data(), w_hh.data(),      b_ih.data(),     b_hh.data(),
+            w_hr.data(), b_ih_half.data(), b_hh_half.data()};
   }
 };
 
