@@ -155,6 +155,7 @@ struct ForwardDirection {
   uint16_t* y_half;        // the same in place of y
   S* gates;  // packed rows of the chunk, (., gates_stride): projected gates, then what is saved
   int64_t gates_stride;  // >= saved_blocks * Hp
+  int64_t gates_apart;   // values between two threads' gates; 0: all in one place, as saved
   uint16_t* saved_half;  // bfloat16: where it is saved instead, (., saved_stride); or null
   int64_t saved_stride;
   S* cells;  // packed rows of the whole sequence, (., cells_stride), or null; LSTM

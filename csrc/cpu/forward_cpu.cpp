@@ -20,6 +20,10 @@ auto forward_kernel(Cell cell) {
   }
 }
 
+// Of so few threads, each has gates of its own, so that no prefetcher runs into another's. Of more,
+// the room that stays unused between their rows and units would be too much.
+constexpr int kMostApart = 4;
+
 template <class S, class E>
 void run_forward(const Layer& layer, const ScheduleStorage& storage, const LayerInputs& in,
                  const at::Tensor& y, const at::Tensor& h_n, const at::Tensor& c_n,
@@ -87,7 +91,11 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     scratch.want(&dir.h[1], states * output);
     if (has_cell_state(layer.cell)) scratch.want(&dir.c, states * hidden);
     if (sizes.projected) scratch.want(&dir.h_tilde, states * hidden);
-    if (!(save && direct)) scratch.want(&dir.gates, most_rows * stride);
+    if (!(save && direct)) {
+      const bool in_one_place = (save && !narrow) || threads > kMostApart;
+      dir.gates_apart = in_one_place ? 0 : most_rows * stride;
+      scratch.want(&dir.gates, (in_one_place ? 1 : threads) * most_rows * stride);
+    }
   }
   if constexpr (narrow) {
     args.factors_stride = padded(most_rows);

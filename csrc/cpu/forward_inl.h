@@ -19,6 +19,7 @@ class ForwardChunk {
         d_(direction),
         slot_(slot),
         save_(args.save),
+        gates_(d_.gates + (slot.group * slot.parts + slot.part) * d_.gates_apart),
         zeros_(args.zeros),
         words_(args.words + slot.thread * args.words_stride),
         across_(args.across == nullptr ? nullptr : args.across + slot.thread * args.across_stride),
@@ -66,7 +67,7 @@ class ForwardChunk {
     };
     const auto row_at = [&](int64_t row) { return d_.x + x_offset(row); };
     const auto fetch = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
-      S* gates = d_.gates + chunk_row(row) * d_.gates_stride + panel * Panel::blocks * kLanes<S>;
+      S* gates = gates_ + chunk_row(row) * d_.gates_stride + panel * Panel::blocks * kLanes<S>;
       for (int g = 0; g < kGates; ++g) fetch_to_write(gates + g * hidden_);
     };
     const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
@@ -76,7 +77,7 @@ class ForwardChunk {
       }
       S* gates[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) gates[r] = d_.gates + chunk_row(row + r) * d_.gates_stride;
+      for (int r = 0; r < R; ++r) gates[r] = gates_ + chunk_row(row + r) * d_.gates_stride;
       each(tile, panel, hidden_, [&](int r, int v, int64_t unit) __attribute__((always_inline)) {
         const int64_t at = (v % kGates) * hidden_ + unit;
         store(gates[r] + at, tile.sum[r][v] + load(d_.packed.bias + at));
@@ -275,7 +276,7 @@ class ForwardChunk {
     const auto row_of = [&](int64_t b) __attribute__((always_inline)) {
       typename CellStep::Row row{};
       const int64_t chunk_row = row0 - first_row_ + b;
-      S* gates = d_.gates + chunk_row * d_.gates_stride;
+      S* gates = gates_ + chunk_row * d_.gates_stride;
       row.gates = gates;
       if constexpr (kExact) {
         row.saved = gates;
@@ -295,7 +296,7 @@ class ForwardChunk {
       const int64_t unit = panel * Panel::blocks * kLanes<S>;
       const auto row = row_of(b);
       for (int g = 0; g < kGates; ++g) {
-        fetch_to_write(d_.gates + (row0 - first_row_ + b) * d_.gates_stride + g * hidden_ + unit);
+        fetch_to_write(gates_ + (row0 - first_row_ + b) * d_.gates_stride + g * hidden_ + unit);
         if (!kExact && save_) fetch_to_write(row.saved + g * hidden_ + unit);
       }
       if constexpr (kCell == Cell::kLstm) {
@@ -405,6 +406,7 @@ class ForwardChunk {
   const ForwardDirection<S, Word>& d_;
   const Slot& slot_;
   const bool save_;
+  S* const gates_;
   const S* const zeros_;
   Word* const words_;
   Word* const across_;

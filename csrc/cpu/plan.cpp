@@ -19,7 +19,7 @@ int64_t private_cache() {
 }
 
 // Below this many multiplications in all, waking a second thread costs more than it saves.
-constexpr double kWorthATeam = 4e5;
+constexpr double kWorthATeam = 7e5;
 // Below this many a step, the barrier at its end does.
 constexpr double kWorthABarrier = 1.2e4;
 constexpr int64_t kRowsPerGroup = 4;
