@@ -45,7 +45,7 @@ class ForwardChunk {
       return Range{panels.begin + r.begin, panels.begin + r.end};
     };
     const auto& w = d_.weights;
-    pack_bias(mine(own_panels_));
+    pack_bias<kCell>(d_.packed, w, sizes_, mine(own_panels_));
     if (d_.packed.input == nullptr) return;
     if (!packs_on_the_way_) pack_input(d_.packed.input, mine(own_panels_));
     pack_by_unit<kGates>(d_.packed.recurrent, w.w_hh, sizes_.hidden, words_of<F>(sizes_.output),
@@ -58,7 +58,10 @@ class ForwardChunk {
 
   // A group projects the rows that it walks: no other core reads their gates.
   void project() const {
-    const Range mine = {0, find_group_rows()};
+    const int64_t rows = group_rows_ == nullptr
+                             ? schedule_.row0[d_.chunk.end] - first_row_
+                             : find_chunk_rows(schedule_, d_.chunk, own_rows_, group_rows_);
+    const Range mine = {0, rows};
     const auto chunk_row = [&](int64_t row) __attribute__((always_inline)) {
       return group_rows_ == nullptr ? row : group_rows_[row];
     };
@@ -133,19 +136,6 @@ class ForwardChunk {
     pack_by_unit<kGates>(packed, d_.weights.w_ih, sizes_.hidden, words_of<F>(sizes_.input), panels);
   }
 
-  // Notes which of the chunk's rows are this group's; returns how many.
-  int64_t find_group_rows() const {
-    if (group_rows_ == nullptr) return schedule_.row0[d_.chunk.end] - first_row_;
-    int64_t count = 0;
-    for (int64_t t = d_.chunk.begin; t < d_.chunk.end; ++t) {
-      const int64_t end = std::min(own_rows_.end, schedule_.rows[t]);
-      for (int64_t b = own_rows_.begin; b < end; ++b) {
-        group_rows_[count++] = schedule_.row0[t] - first_row_ + b;
-      }
-    }
-    return count;
-  }
-
   // The index-th of this thread's rows of k values in words.
   Word* words_at(int64_t index, int64_t k) const { return words_ + index * words_of<F>(padded(k)); }
 
@@ -180,7 +170,7 @@ class ForwardChunk {
       if constexpr (std::is_same_v<typename F::Sum, S>) {
         epilogue(tile, row, panel);
       } else {
-        epilogue(scaled<Gates>(tile, scale, factors_ + (row - rows.begin), panel, units), row,
+        epilogue(scaled<Gates, S>(tile, scale, factors_ + (row - rows.begin), panel, units), row,
                  panel);
       }
     };
@@ -194,28 +184,6 @@ class ForwardChunk {
                         from_end);
   }
 
-  // The values of 8-bit sums.
-  template <int Gates, int R, int NV>
-  static FUSEDRNN_HD Tile<S, R, NV> scaled(const Tile<int32_t, R, NV>& tile,
-                                           const ColumnScale& scale, const S* factors,
-                                           int64_t panel, int64_t units) {
-    Tile<S, R, NV> values;
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      const int64_t unit = (panel * UnitPanel<Gates>::blocks + v / Gates) * kLanes<S>;
-      const int64_t at = v % Gates * padded(units) + unit;
-      const bool inside = unit < padded(units);
-      const Vec<int32_t> offset = inside ? load(scale.offset + at) : Vec<int32_t>{};
-      const Vec<S> factor = inside ? load(scale.factor + at) : Vec<S>{};
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec<S> sum = __builtin_convertvector(tile.sum[r][v] - offset, Vec<S>);
-        values.sum[r][v] = sum * (factor * factors[r]);
-      }
-    }
-    return values;
-  }
-
   // f(r, v, unit) for every vector of the tile that lies within `limit` units.
   template <int R, int NV, class Visit>
   static FUSEDRNN_HD void each(const Tile<S, R, NV>&, int64_t panel, int64_t limit, Visit f) {
@@ -225,28 +193,6 @@ class ForwardChunk {
       for (int v = 0; v < NV; ++v) {
         const int64_t unit = (panel * Panel::blocks + v / kGates) * kLanes<S>;
         if (unit < limit) f(r, v, unit);
-      }
-    }
-  }
-
-  void pack_bias(Range panels) const {
-    const auto& w = d_.weights;
-    constexpr int64_t width = Panel::blocks * kLanes<S>;
-    const auto at = [](const S* bias, const uint16_t* half, int64_t i, int64_t n) {
-      if constexpr (std::is_same_v<S, float>) {
-        if (half != nullptr) return read(half + i, n);
-      }
-      return bias == nullptr ? Vec<S>{} : load(bias + i, n);
-    };
-    const int64_t end = std::min(panels.end * width, hidden_);
-    for (int64_t unit = panels.begin * width; unit < end; unit += kLanes<S>) {
-      for (int g = 0; g < kGates; ++g) {
-        const int64_t i = g * sizes_.hidden + unit, n = sizes_.hidden - unit;
-        const Vec<S> ih = at(w.b_ih, w.b_ih_half, i, n), hh = at(w.b_hh, w.b_hh_half, i, n);
-        // The GRU multiplies W_hn h + b_hn by the reset gate: that bias stays apart.
-        const bool apart = kCell == Cell::kGru && g == 2;
-        store(d_.packed.bias + g * hidden_ + unit, apart ? ih : ih + hh);
-        if (apart) store(d_.packed.bias_hn + unit, hh);
       }
     }
   }
@@ -269,7 +215,8 @@ class ForwardChunk {
       store(d_.y + at, h, sizes_.output - unit);
     };
 
-    if (slot_.parts > 1) fetch_states(h_read, h_write, mine);
+    // In a single step nobody has written any before.
+    if (slot_.parts > 1 && schedule_.steps > 1) fetch_states(h_read, h_write, mine);
 
     using CellStep = CellForward<kCell, S, Saved>;
     const CellStep cell = {hidden_, save_, d_.packed.bias_hn};
@@ -375,29 +322,33 @@ class ForwardChunk {
     slot_.wait_parts();
   }
 
+  // This thread's units of h, of `limit` units in all.
+  Range own_units(int64_t limit) const {
+    const int64_t width = (sizes_.projected ? OutputPanel::blocks : Panel::blocks) * kLanes<S>;
+    const int64_t begin = std::min(own_output_panels_.begin * width, limit);
+    return {begin, std::min(own_output_panels_.end * width, limit)};
+  }
+
   // Parts write their units of h and read all others': those arrive side by side so, and the lines
   // to be written have become this core's own by the time they are.
   void fetch_states(const S* h_read, S* h_write, Range rows) const {
-    constexpr int64_t line = 64 / sizeof(S), width = Panel::blocks * kLanes<S>;
-    const int64_t begin = own_panels_.begin * width;
-    const int64_t end = std::min(own_panels_.end * width, output_);
+    constexpr int64_t line = 64 / sizeof(S);
+    const Range units = own_units(output_);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       const int64_t row = state_row(schedule_, b) * output_;
       for (int64_t i = 0; i < output_; i += line) fetch_to_read(h_read + row + i);
-      for (int64_t i = begin; i < end; i += line) fetch_to_write(h_write + row + i);
+      for (int64_t i = units.begin; i < units.end; i += line) fetch_to_write(h_write + row + i);
     }
   }
 
   // Copies this thread's units of the rows for which t was the last step walked to h_n.
   void keep_final(int64_t t, Range mine, const S* h) const {
     const int64_t going_on = d_.reverse ? (t == 0 ? 0 : mine.end) : rows_at(schedule_, t + 1);
-    const int64_t width = (sizes_.projected ? OutputPanel::blocks : Panel::blocks) * kLanes<S>;
-    const int64_t begin = own_output_panels_.begin * width;
-    const int64_t end = std::min(own_output_panels_.end * width, sizes_.output);
+    const Range units = own_units(sizes_.output);
     for (int64_t b = std::max(mine.begin, going_on); b < mine.end; ++b) {
-      S* to = d_.h_n + caller_row(schedule_, b) * sizes_.output;
       const S* from = h + state_row(schedule_, b) * output_;
-      std::copy(from + begin, from + std::max(begin, end), to + begin);
+      std::copy(from + units.begin, from + units.end,
+                d_.h_n + caller_row(schedule_, b) * sizes_.output + units.begin);
     }
   }
 

@@ -164,28 +164,28 @@ class Matrix {
 template <class S, class E>
 struct WeightValues {
   Matrix<E> w_ih, w_hh, w_hr;
-  Values<S> b_ih, b_hh;
-  Values<uint16_t> b_ih_half, b_hh_half;  // in their place where values are kept as bfloat16
+  Values<E> b_ih, b_hh;
 
   WeightValues() = default;
   WeightValues(const Layer& layer, at::TensorList params, int d, bool biases)
       : w_ih(layer.param(params, d, 0)), w_hh(layer.param(params, d, 1)) {
     if (layer.has_biases && biases) {
-      const at::Tensor &ih = layer.param(params, d, 2), &hh = layer.param(params, d, 3);
-      if constexpr (std::is_same_v<S, E>) {
-        b_ih = Values<S>(ih);
-        b_hh = Values<S>(hh);
-      } else {
-        b_ih_half = Values<uint16_t>(ih);
-        b_hh_half = Values<uint16_t>(hh);
-      }
+      b_ih = Values<E>(layer.param(params, d, 2));
+      b_hh = Values<E>(layer.param(params, d, 3));
     }
     if (layer.sizes.projected) w_hr = Matrix<E>(layer.param(params, d, layer.has_biases ? 4 : 2));
   }
 
   Weights<S, Word<E>> view() const {
-    return {w_ih.data(), w_hh.data(),      b_ih.data(),     b_hh.data(),
-            w_hr.data(), b_ih_half.data(), b_hh_half.data()};
+    Weights<S, Word<E>> view{w_ih.data(), w_hh.data(), nullptr, nullptr, w_hr.data()};
+    if constexpr (std::is_same_v<S, E>) {
+      view.b_ih = b_ih.data();
+      view.b_hh = b_hh.data();
+    } else {
+      view.b_ih_half = b_ih.data();
+      view.b_hh_half = b_hh.data();
+    }
+    return view;
   }
 };
 

@@ -56,6 +56,52 @@ void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range p
   }
 }
 
+// (Gates, padded units): b_ih + b_hh, but for the GRU's n.
+template <Cell kCell, class S, class W>
+void pack_bias(const PackedWeights<S, W>& packed, const Weights<S, W>& w, const Sizes& sizes,
+               Range panels) {
+  constexpr int gates = gate_blocks(kCell);
+  constexpr int64_t width = UnitPanel<gates>::blocks * kLanes<S>;
+  const auto at = [](const S* bias, const uint16_t* half, int64_t i, int64_t n) {
+    if constexpr (std::is_same_v<S, float>) {
+      if (half != nullptr) return read(half + i, n);
+    }
+    return bias == nullptr ? Vec<S>{} : load(bias + i, n);
+  };
+  const int64_t hidden = sizes.hidden_padded(), end = std::min(panels.end * width, hidden);
+  for (int64_t unit = panels.begin * width; unit < end; unit += kLanes<S>) {
+    for (int g = 0; g < gates; ++g) {
+      const int64_t i = g * sizes.hidden + unit, n = sizes.hidden - unit;
+      const Vec<S> ih = at(w.b_ih, w.b_ih_half, i, n), hh = at(w.b_hh, w.b_hh_half, i, n);
+      // The GRU multiplies W_hn h + b_hn by the reset gate: that bias stays apart.
+      const bool apart = kCell == Cell::kGru && g == 2;
+      store(packed.bias + g * hidden + unit, apart ? ih : ih + hh);
+      if (apart) store(packed.bias_hn + unit, hh);
+    }
+  }
+}
+
+// The values of 8-bit sums in a panel by unit; factors: of the tile's rows.
+template <int Gates, class S, int R, int NV>
+FUSEDRNN_HD Tile<S, R, NV> scaled(const Tile<int32_t, R, NV>& tile, const ColumnScale& scale,
+                                  const S* factors, int64_t panel, int64_t units) {
+  Tile<S, R, NV> values;
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) {
+    const int64_t unit = (panel * UnitPanel<Gates>::blocks + v / Gates) * kLanes<S>;
+    const int64_t at = v % Gates * padded(units) + unit;
+    const bool inside = unit < padded(units);
+    const Vec<int32_t> offset = inside ? load(scale.offset + at) : Vec<int32_t>{};
+    const Vec<S> factor = inside ? load(scale.factor + at) : Vec<S>{};
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<S> sum = __builtin_convertvector(tile.sum[r][v] - offset, Vec<S>);
+      values.sum[r][v] = sum * (factor * factors[r]);
+    }
+  }
+  return values;
+}
+
 // How many rows of weights dot_rows takes at a time beside R other rows: a power of two.
 template <class Sum, int R>
 constexpr int weight_rows() {

@@ -32,7 +32,6 @@ constexpr int64_t kLongRows = 128;
 // A single step of many rows packs those instead (across_inl.h); only for more than so many the
 // weights come cheaper.
 constexpr int64_t kWorthPackingOneStep = 512;
-constexpr int64_t kPageBytes = 4096;
 // Up to so many rows of a single step, backward reads the weights as they lie.
 constexpr int64_t kFewRows = 16;
 
@@ -96,7 +95,8 @@ std::vector<int64_t> state_rows(const Workload& work, int threads, int64_t row_b
   if (groups <= 1) return rows;
   // Prefetchers run ahead into the next group's rows, which another core writes at every step, and
   // stop at a page's end.
-  const int64_t gap = (kPageBytes + row_bytes - 1) / row_bytes;
+  constexpr int64_t page = 4096;
+  const int64_t gap = (page + row_bytes - 1) / row_bytes;
   rows.reserve(work.batch + 1);
   for (int group = 0; group < groups; ++group) {
     const Range own = share(work.batch, group, groups);

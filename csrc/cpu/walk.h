@@ -35,6 +35,18 @@ inline Range own_rows(const Schedule& schedule, const Chunk& chunk, const Slot& 
   return {first_row(slot.group), first_row(slot.group + 1)};
 }
 
+// Notes which of a chunk's rows those of `own` are, step after step; returns how many.
+inline int64_t find_chunk_rows(const Schedule& schedule, const Chunk& chunk, Range own,
+                               int64_t* to) {
+  int64_t count = 0;
+  for (int64_t t = chunk.begin; t < chunk.end; ++t) {
+    const int64_t first = schedule.row0[t] - schedule.row0[chunk.begin];
+    const int64_t end = std::min(own.end, schedule.rows[t]);
+    for (int64_t b = own.begin; b < end; ++b) to[count++] = first + b;
+  }
+  return count;
+}
+
 // Rows that have a step t; none outside the sequence.
 inline int64_t rows_at(const Schedule& schedule, int64_t t) {
   return t >= 0 && t < schedule.steps ? schedule.rows[t] : 0;

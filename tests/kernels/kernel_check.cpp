@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <thread>
@@ -142,14 +143,6 @@ double loss(const Case& c, const Problem& p) {
   return sum;
 }
 
-Values pad_rows(const Values& from, int64_t rows, int64_t units) {
-  Values to(rows * padded(units));
-  for (int64_t b = 0; b < rows; ++b) {
-    std::copy(&from[b * units], &from[b * units] + units, &to[b * padded(units)]);
-  }
-  return to;
-}
-
 // The groups' rows of a state lie two rows apart.
 std::vector<int64_t> state_rows(const Case& c) {
   std::vector<int64_t> rows;
@@ -168,6 +161,12 @@ Values place_rows(const Values& from, const std::vector<int64_t>& at, int64_t un
     std::fill(std::copy(&from[b * units], &from[b * units] + units, row), row + padded(units), 0.0);
   }
   return to;
+}
+
+Values pad_rows(const Values& from, int64_t rows, int64_t units) {
+  std::vector<int64_t> at(rows);
+  std::iota(at.begin(), at.end(), 0);
+  return place_rows(from, at, units);
 }
 
 void run(const Plan& plan, const std::function<void(const Slot&)>& body) {
