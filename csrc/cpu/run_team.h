@@ -2,6 +2,7 @@
 #pragma once
 
 #include <omp.h>
+#include <sched.h>
 
 #if defined(__x86_64__)
   #include <xmmintrin.h>
@@ -38,6 +39,32 @@ class FlushDenormals {
   FlushDenormals(const FlushDenormals&) = delete;
 };
 
+// The core that the calling thread runs on; -1 where the system does not tell.
+inline int current_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Moves the calling thread off `core`, if it runs there and there are as many cores as `threads`;
+// its affinity is the same afterwards. Linux may wake a thread on the core of the one that wakes
+// it while others idle: in a virtual machine it takes those for busy whose virtual core sleeps.
+// The two would then take turns for milliseconds.
+inline void leave_core([[maybe_unused]] int core, [[maybe_unused]] int threads) {
+#if defined(__linux__)
+  if (sched_getcpu() != core) return;
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0 || CPU_COUNT(&allowed) < threads) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(core, &others);
+  if (sched_setaffinity(0, sizeof(others), &others) == 0) {
+    sched_setaffinity(0, sizeof(allowed), &allowed);
+  }
+#endif
+}
+
 // Runs body(slot) on every thread of a team. plan_for(threads) splits a team of that size; OpenMP
 // may give fewer threads than asked for (a nested region, OMP_THREAD_LIMIT), so the plan is made
 // for what it gave.
@@ -50,11 +77,13 @@ void run_team(int threads, int directions, const PlanFor& plan_for, const Body& 
     body(slot_of(wish, 0, directions, barriers));
     return;
   }
+  const int callers_core = current_core();
 #pragma omp parallel num_threads(wish.threads())
   {
     const int given = omp_get_num_threads();
     const Plan plan = given == wish.threads() ? wish : plan_for(given);
     const int thread = omp_get_thread_num();
+    if (thread > 0) leave_core(callers_core, given);
     if (thread < plan.threads()) {
       const FlushDenormals flush;
       body(slot_of(plan, thread, directions, barriers));

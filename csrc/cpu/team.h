@@ -21,10 +21,9 @@ struct alignas(128) Arrivals {
 
 // Waits at the barrier of `threads` threads as its index-th. Spins for a bounded time, then gives
 // up the core at each turn: a spinning thread would otherwise starve the one it waits for when
-// there are more threads than cores.
+// there are more threads than cores. At the first barrier that one may not have woken yet.
 inline void wait_for_all(Arrivals* arrivals, int threads, int index) {
   if (threads <= 1) return;
-  constexpr int kSpins = 2000;  // some 50 us
   const auto pause = [] {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
@@ -33,12 +32,13 @@ inline void wait_for_all(Arrivals* arrivals, int threads, int index) {
 #endif
   };
   const uint32_t turn = arrivals[index].count.load(std::memory_order_relaxed) + 1;
+  const int most_spins = turn == 1 ? 200 : 2000;  // some 5 or 50 us
   arrivals[index].count.store(turn, std::memory_order_release);
   int spins = 0;
   for (int i = 0; i < threads; ++i) {
     // Who is not behind may be ahead, at the next barrier already.
     while (static_cast<int32_t>(arrivals[i].count.load(std::memory_order_acquire) - turn) < 0) {
-      if (++spins < kSpins) {
+      if (++spins < most_spins) {
         pause();
       } else {
         sched_yield();
