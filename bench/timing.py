@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 SETTLE_SECONDS = 0.02
-MIN_ROUNDS = 5
+MIN_ROUNDS = 9
+# Of calls in a block: after a rest the first ones find cold caches and sleeping threads.
+MIN_BLOCK_SECONDS = 0.02
 
 Call = Callable[[], object]
 
@@ -40,13 +42,13 @@ def plan(
 ) -> Plan:
     """Fit `rounds` rounds of all contestants into about `bound` seconds.
 
-    Each gets an equal share of a round, so a quick one makes more calls. Where even single calls
-    do not fit, rounds are given up, down to MIN_ROUNDS; below that the bound gives way.
+    Each gets an equal share of a round, so a quick one makes more calls. Where even the shortest
+    blocks do not fit, rounds are given up, down to MIN_ROUNDS; below that the bound gives way.
     """
     resting = sum(rests.get(name, SETTLE_SECONDS) for name in call_seconds)
-    least = resting + 2 * sum(call_seconds.values())
+    least = resting + sum(max(2 * s, MIN_BLOCK_SECONDS) for s in call_seconds.values())
     rounds = max(min(rounds, MIN_ROUNDS), min(rounds, int(bound / least)))
-    share = (bound / rounds - resting) / len(call_seconds)
+    share = max((bound / rounds - resting) / len(call_seconds), MIN_BLOCK_SECONDS)
     # minus one: the untimed call costs as much as a timed one
     repeats = {name: max(1, int(share / s) - 1) for name, s in call_seconds.items()}
     return Plan(rounds, repeats)
@@ -64,7 +66,8 @@ def paired(
         call()  # the first call of all may build things
         guess[name] = time_block(call, 1)
         if guess[name] < SETTLE_SECONDS:  # short calls vary more
-            guess[name] = min(guess[name], time_block(call, 3))
+            again = max(3, int(MIN_BLOCK_SECONDS / guess[name]))
+            guess[name] = min(guess[name], time_block(call, again))
         time.sleep(rests.get(name, 0.0))
     how = plan(guess, rounds, bound, rests)
     names = list(calls)

@@ -36,9 +36,9 @@ class Stream:
         batch_size: rows B that advance together.
 
     The state starts as zeros. An object serves one thread at a time; :meth:`fork` gives each its
-    own state over the same weights. A step runs on the calling thread (above 32 M multiplications
-    on ``torch.get_num_threads()``, as many steps at once do): between steps that come with pauses
-    the other threads fall asleep, and waking one can take milliseconds.
+    own state over the same weights. A call of less than 4 M multiplications runs on the calling
+    thread alone unless it is one of many that follow each other within 5 ms: else the other threads
+    of ``torch.get_num_threads()`` sleep, and waking them takes longer. The results are the same.
 
     Raises:
         TypeError: module or weights are of another kind.

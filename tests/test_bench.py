@@ -35,9 +35,16 @@ def test_plan_fits_the_bound() -> None:
 
 
 def test_plan_gives_up_rounds_for_slow_calls() -> None:
-    assert timing.plan({"a": 0.3, "b": 0.3}, 25, 10.0) == timing.Plan(8, {"a": 1, "b": 1})
+    assert timing.plan({"a": 0.2, "b": 0.2}, 25, 10.0) == timing.Plan(11, {"a": 1, "b": 1})
     assert timing.plan({"a": 9.0, "b": 9.0}, 25, 10.0).rounds == timing.MIN_ROUNDS
     assert timing.plan({"a": 9.0, "b": 9.0}, 3, 10.0).rounds == 3
+
+
+def test_plan_makes_no_block_of_a_few_quick_calls() -> None:
+    how = timing.plan({"a": 1e-5, "b": 1e-3}, rounds=9, bound=0.1)
+    assert how.rounds == 9
+    assert how.repeats["a"] >= 1000
+    assert how.repeats["b"] >= 19
 
 
 def test_rounds_are_interleaved(monkeypatch) -> None:

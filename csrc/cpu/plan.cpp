@@ -18,8 +18,9 @@ int64_t private_cache() {
   return bytes;
 }
 
-// Below this many multiplications in all, waking a second thread costs more than it saves.
-constexpr double kWorthATeam = 7e5;
+// Below this many multiplications in all, a second thread costs more than it saves; the lower one
+// where the weights would leave one private cache.
+constexpr double kWorthATeam = 7e5, kWorthTwoCaches = 2.5e5;
 // Below this many a step, the barrier at its end does.
 constexpr double kWorthABarrier = 1.2e4;
 constexpr int64_t kRowsPerGroup = 4;
@@ -35,15 +36,17 @@ constexpr int64_t kWorthPackingOneStep = 512;
 // Up to so many rows of a single step, backward reads the weights as they lie.
 constexpr int64_t kFewRows = 16;
 
+double weights_of(const Workload& work) {
+  const Sizes& s = work.sizes;
+  return static_cast<double>(gate_blocks(work.cell)) * s.hidden * (s.input + s.output);
+}
+
 bool is_one_step(const Workload& work) { return work.pairs <= work.batch; }
 
 }  // namespace
 
 double multiplications(const Workload& work) {
-  const Sizes& s = work.sizes;
-  const double weights =
-      static_cast<double>(gate_blocks(work.cell)) * s.hidden * (s.input + s.output);
-  return weights * work.pairs * work.directions * work.products;
+  return weights_of(work) * work.pairs * work.directions * work.products;
 }
 
 bool worth_packing(const Workload& work) {
@@ -62,7 +65,10 @@ Plan plan_team(const Workload& work, int threads) {
   threads = std::min(threads, kMaxThreads);
   const Sizes& s = work.sizes;
   const double recurrent = static_cast<double>(gate_blocks(work.cell)) * s.hidden * s.output;
-  if (threads <= 1 || multiplications(work) < kWorthATeam) return plan;
+  const bool leaves_cache = weights_of(work) * work.weight_size > private_cache();
+  if (threads <= 1 || multiplications(work) < (leaves_cache ? kWorthTwoCaches : kWorthATeam)) {
+    return plan;
+  }
   if (work.directions == 2 && threads % 2 == 0) plan.directions = 2;
   const int each = threads / plan.directions;
   const int64_t bytes = static_cast<int64_t>(recurrent) * work.weight_size;

@@ -1,6 +1,7 @@
 #include "cpu/stream.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -164,10 +165,26 @@ struct Frozen {
   }
 };
 
-// Steps come one by one, with pauses: the other threads are asleep by then, and it takes
-// milliseconds until one runs that the system wakes on a busy core. Below so many multiplications
-// the calling thread is done before.
-constexpr double kWorthWaking = 32 << 20;
+// Whether calls follow each other so closely that a second thread helps a short one too: after some
+// milliseconds OpenMP's threads sleep, and to wake them takes longer than the call.
+class Pace {
+ public:
+  // Notes a call; true from the kFew-th on that came in time.
+  bool is_quick() {
+    const auto now = std::chrono::steady_clock::now();
+    in_time_ = now - last_ < std::chrono::milliseconds(5) ? in_time_ + 1 : 0;
+    last_ = now;
+    return in_time_ >= kFew;
+  }
+
+ private:
+  static constexpr int64_t kFew = 8;
+  std::chrono::steady_clock::time_point last_{};
+  int64_t in_time_ = 0;
+};
+
+// From so many multiplications on, a call is worth waking them.
+constexpr double kWorthWaking = 4 << 20;
 
 template <class W>
 class Layer final : public FrozenLayer {
@@ -211,8 +228,11 @@ class Layer final : public FrozenLayer {
     const Workload work = {
         cell, sizes, 1, batch_, steps * batch_, sizeof(float), frozen_->value_size, 1};
     const auto plan = [&](int given) { return plan_team(work, given); };
-    if (steps == 1 && multiplications(work) < kWorthWaking) threads = 1;
-    make_room(plan(threads).threads());
+    int wanted = plan(threads).threads();
+    if (wanted > 1 && multiplications(work) < kWorthWaking && !pace_.is_quick()) {
+      threads = wanted = 1;
+    }
+    make_room(wanted);
     run_team(threads, 1, plan, [&](const Slot& slot) { frozen_->kernels.forward(args_, slot); });
     d.turn ^= steps & 1;
   }
@@ -281,6 +301,7 @@ class Layer final : public FrozenLayer {
   ForwardArgs<float, W> args_{};
   Scratch scratch_;
   float* zeros_ = nullptr;
+  Pace pace_;
   std::optional<Scratch> of_threads_;
   int threads_ = 0;
 };
