@@ -2,12 +2,15 @@
 
     python -m bench.floors                  # of bench/results/compare.json, written beside it
 
-A shape's floor is the time of its multiplications at the rate of a loop that does nothing else, and
-of reading W_hh at every step through the caches; activations, packing, barriers and calls cost
-nothing. bench/probe.cpp measures those rates. A goal is out of reach where the peer's time / the
-floor, the bound, is smaller. Layers' shapes of one step are left out, as calls decide there; a
-cell's floor holds the call: of a module with as many parameters that computes nothing, which
-bench.compare times beside the cells.
+A layer's floor is the time of its multiplications at the rate of a tile that does nothing else and
+finds its operands in the private cache, or of reading W_hh at every step through the caches where
+that is longer; of its sigmoids and tanhs, which take the multipliers too; and, where threads share
+the units, of one way between two cores at every step. The quickest of three splits counts: one
+thread, the units shared, the rows shared. Packing, biases, storing and calls cost nothing.
+bench/probe.cpp measures the rates, the project's own kernels the activations. A goal is out of
+reach where the peer's time / the floor, the bound, is smaller. Layers' shapes of one step are left
+out, as calls decide there; a cell's floor holds the call: of a module with as many parameters that
+computes nothing, which bench.compare times beside the cells.
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ import os
 import statistics
 import subprocess
 import tempfile
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from fusedrnn import _C
 
 from . import cases, report
 from .limits import GATES, SIDE
@@ -36,10 +43,14 @@ class Machine:
     """Rates of one of `threads` threads, all of which run."""
 
     threads: int
-    flops: float
+    flops: float  # operations a second between registers
+    product: float  # the same in a product's tile
     private_cache: float  # bytes a second
     shared_cache: float
-    private_bytes: int = 1 << 20  # its size
+    transfer: float = 0.0  # seconds for a line from one core to another
+    private_bytes: int = 1 << 20  # the private cache's size
+    sigmoid: float = 0.0  # seconds a value
+    tanh: float = 0.0
 
 
 def probe(threads: int) -> Machine:
@@ -58,7 +69,21 @@ def probe(threads: int) -> Machine:
         ]
         subprocess.run([*command, "-o", program], check=True)
         found = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True)
-    return Machine(threads, **json.loads(found.stdout))
+    costs = {name: activation_cost(name) for name in ("sigmoid", "tanh")}
+    return Machine(threads, **json.loads(found.stdout), **costs)
+
+
+def activation_cost(name: str) -> float:
+    """Seconds a value, at best, of the kernels' own."""
+    isa = _C.get_cpu_isa()
+    few, many = (torch.linspace(-4, 4, count) for count in (1024, 9216))
+
+    def best(x: Tensor) -> float:
+        return min(
+            timeit.repeat(lambda: torch.ops.fusedrnn.activation(name, isa, x), number=20, repeat=200)
+        )
+
+    return (best(many) - best(few)) / 20 / (many.numel() - few.numel())
 
 
 SHARE_OF_SGEMM = 0.85  # of torch.mm's rate: what the project asks of itself at large shapes
@@ -71,24 +96,40 @@ def sgemm(threads: int) -> float:
     return 2 * SIDE**3 / statistics.median(paired(call, 9, 2.0)["product"]) / threads
 
 
+# Sigmoids and tanhs of a unit; backward computes the tanh of an LSTM's cell state once more.
+ACTIVATIONS = {"lstm": (3, 2), "gru": (2, 1), "rnn": (0, 1)}
+
+
 def floor(machine: Machine, mode: str, cell: str, shape: Shape) -> float:
     """Seconds."""
+    train = mode == "training"
     weights = GATES[cell] * shape.hidden_size  # rows
     pairs = shape.batch * shape.steps
-    rate = machine.threads * machine.flops
+    sigmoids, tanhs = ACTIVATIONS[cell]
+    tanhs += train and cell == "lstm"
+    activations = pairs * shape.hidden_size * (sigmoids * machine.sigmoid + tanhs * machine.tanh)
 
     def product(k: int, rows: int) -> float:
-        return 2 * weights * k * rows / rate
+        return 2 * weights * k * rows / machine.product
 
-    share = 4 * weights * shape.hidden_size / machine.threads  # bytes of W_hh a thread has to read
-    beyond = max(0.0, share - machine.private_bytes)
-    reading = (share - beyond) / machine.private_cache + beyond / machine.shared_cache
-    step = max(product(shape.hidden_size, shape.batch), reading)
-    inputs = product(shape.input_size, pairs)
-    if mode == "forward":
-        return inputs + shape.steps * step
-    # dx like the inputs' projection; dW of both; the walk back reads W_hh once more.
-    return 3 * inputs + product(shape.hidden_size, pairs) + 2 * shape.steps * step
+    def split(threads: int, share_units: bool) -> float:
+        share = 4 * weights * shape.hidden_size / (threads if share_units else 1)
+        beyond = max(0.0, share - machine.private_bytes)
+        reading = (share - beyond) / machine.private_cache + beyond / machine.shared_cache
+        step = max(product(shape.hidden_size, shape.batch) / threads, reading)
+        if share_units and threads > 1:
+            step += machine.transfer
+        walk = shape.steps * step
+        at_once = product(shape.input_size, pairs)
+        if train:
+            # dx like the inputs' projection; dW of both; the walk back reads W_hh once more.
+            walk, at_once = 2 * walk, 3 * at_once + product(shape.hidden_size, pairs)
+        return walk + (at_once + activations) / threads
+
+    ways = [split(1, True), split(machine.threads, True)]
+    if shape.batch >= machine.threads:
+        ways.append(split(machine.threads, False))
+    return min(ways)
 
 
 def layer_floor(machine: Machine, result: report.Result) -> float | None:
@@ -107,7 +148,7 @@ def cell_floor(machine: Machine, result: report.Result) -> float | None:
     # In turns with fusedrnn's: their ratio holds, whatever the machine did then.
     call = result.ratios[cases.NOTHING] * result.seconds[report.FUSED]
     weights = GATES[cell] * shape.hidden_size * (shape.input_size + shape.hidden_size)
-    products = 2 * weights * shape.batch / (machine.threads * machine.flops)
+    products = 2 * weights * shape.batch / (machine.threads * machine.product)
     share = 4 * weights / machine.threads
     near = share <= machine.private_bytes
     reading = share / (machine.private_cache if near else machine.shared_cache)
@@ -156,18 +197,21 @@ def line(
 
 
 def table(machine: Machine, product_rate: float, results: list[report.Result]) -> str:
-    library = replace(machine, flops=SHARE_OF_SGEMM * product_rate)
+    library = replace(machine, product=SHARE_OF_SGEMM * product_rate)
     lines = [
         "# What the machine allows",
         "",
         f"Of one thread while {machine.threads} run (`bench/probe.cpp`): "
-        f"{machine.flops / 1e9:.0f} GFLOP/s, {machine.private_cache / 1e9:.0f} GB/s from its "
-        f"private cache, {machine.shared_cache / 1e9:.0f} GB/s from the shared one; "
+        f"{machine.flops / 1e9:.0f} GFLOP/s between registers, {machine.product / 1e9:.0f} in the tile "
+        f"of a product, {machine.private_cache / 1e9:.0f} GB/s from its private cache, "
+        f"{machine.shared_cache / 1e9:.0f} GB/s from the shared one; {machine.transfer * 1e9:.0f} ns "
+        f"from core to core; {machine.sigmoid * 1e9:.2f} ns a sigmoid, {machine.tanh * 1e9:.2f} a tanh; "
         f"{product_rate / 1e9:.0f} GFLOP/s in torch.mm of {SIDE} x {SIDE} matrices.",
         "",
-        "The bound is the peer's time / the floor: what fusedrnn would reach if activations,",
-        "packing, barriers and calls cost nothing and no product stopped for a moment. Layers'",
-        f"shapes of one step are left out of all columns. At {SHARE_OF_SGEMM:.0%} of sgemm: the",
+        "The bound is the peer's time / the floor: what fusedrnn would reach if packing, storing",
+        "and calls cost nothing and no product stopped for a moment, the cores always at their",
+        "nearest. Layers' shapes of one step are left out of all columns. "
+        f"At {SHARE_OF_SGEMM:.0%} of sgemm: the",
         "same bound with products at that share of torch.mm's rate. A cell's floor holds a",
         "call that computes nothing, of a module with as many parameters, timed in their turns.",
         "",

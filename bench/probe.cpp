@@ -1,14 +1,16 @@
 // What the machine can do at best, all threads at once: multiplications and additions from
-// registers, and reading from the private and from the shared cache.
+// registers, the same in a product's tile, reading from the private and from the shared cache, and
+// handing a line from one core to another.
 //
-//   probe THREADS     prints {"flops", "private_cache", "shared_cache", "private_bytes"}:
-//   operations
-//                     and bytes a second, each for one thread, and the private cache's size
+//   probe THREADS     prints {"flops", "product", "private_cache", "shared_cache", "transfer",
+//                     "private_bytes"}: operations and bytes a second, each for one thread; the
+//                     seconds a line takes, 0 for one thread; the private cache's size
 //
 // Compiled by bench/floors.py for the machine that it runs on (-march=native).
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <chrono>
 #include <cstdint>
@@ -22,8 +24,10 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kBytes = 64;
+constexpr int kTileRows = 6, kTileVectors = 4;  // as many sums as the registers hold
 #else
 constexpr int kBytes = 32;
+constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
 typedef float Vec __attribute__((vector_size(kBytes), aligned(4)));
 constexpr int kLanes = kBytes / 4;
@@ -50,6 +54,35 @@ double multiply_add(int64_t rounds) {
   return 2.0 * kLanes * kChains * static_cast<double>(rounds);
 }
 
+Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// Operations done: rows times a panel of k x kTileVectors vectors, tile by tile.
+double multiply(const float* rows, const float* panel, int64_t k, int64_t tiles) {
+  constexpr int64_t width = kTileVectors * kLanes;
+  for (int64_t t = 0; t < tiles; ++t) {
+    Vec sums[kTileRows][kTileVectors] = {};
+    for (int64_t i = 0; i < k; ++i) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kTileVectors; ++v) {
+          sums[r][v] += rows[r * k + i] * load(panel + i * width + v * kLanes);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) sink = sums[r][v][0];
+    }
+  }
+  return 2.0 * kTileRows * width * static_cast<double>(k * tiles);
+}
+
 // Bytes read.
 double read(const float* from, int64_t values, int64_t rounds) {
   Vec sums[kChains] = {};
@@ -59,9 +92,7 @@ double read(const float* from, int64_t values, int64_t rounds) {
     for (int64_t i = 0; i < whole; i += each) {
 #pragma GCC unroll 12
       for (int c = 0; c < kChains; ++c) {
-        Vec v;
-        std::memcpy(&v, from + i + c * kLanes, sizeof v);
-        sums[c] += v;
+        sums[c] += load(from + i + c * kLanes);
       }
     }
   }
@@ -94,6 +125,35 @@ double best_rate(int threads, Work work) {
   return *std::max_element(best.begin(), best.end());
 }
 
+// Seconds from a store to its sight on another core: the best of many turns of some hundred ways.
+double best_transfer() {
+  struct alignas(128) Line {
+    std::atomic<int64_t> count{0};
+  };
+  constexpr int64_t turns = 300, ways = 200;
+  Line there, back;
+  std::thread other([&] {
+    for (int64_t i = 1; i <= turns * ways; ++i) {
+      while (there.count.load(std::memory_order_acquire) < i) {
+      }
+      back.count.store(i, std::memory_order_release);
+    }
+  });
+  double best = 1e300;
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    const auto begin = std::chrono::steady_clock::now();
+    for (int64_t i = turn * ways + 1; i <= (turn + 1) * ways; ++i) {
+      there.count.store(i, std::memory_order_release);
+      while (back.count.load(std::memory_order_acquire) < i) {
+      }
+    }
+    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin;
+    best = std::min(best, spent.count() / (2 * ways));
+  }
+  other.join();
+  return best;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -109,9 +169,18 @@ int main(int argc, char** argv) {
   private_bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
   if (private_bytes <= 0) private_bytes = 1 << 20;
+  const auto multiplying = [&] {
+    constexpr int64_t k = 256;
+    std::vector<std::vector<float>> data(
+        threads, std::vector<float>(k * (kTileRows + kTileVectors * kLanes), 1e-3f));
+    return best_rate(threads, [&](int t) {
+      return multiply(data[t].data(), data[t].data() + k * kTileRows, k, 2000);
+    });
+  };
   std::printf(
-      "{\"flops\": %.4g, \"private_cache\": %.4g, \"shared_cache\": %.4g, "
-      "\"private_bytes\": %ld}\n",
-      best_rate(threads, [](int) { return multiply_add(2'000'000); }), reading(private_bytes / 2),
-      reading(private_bytes * 4), private_bytes);
+      "{\"flops\": %.4g, \"product\": %.4g, \"private_cache\": %.4g, \"shared_cache\": %.4g, "
+      "\"transfer\": %.3g, \"private_bytes\": %ld}\n",
+      best_rate(threads, [](int) { return multiply_add(2'000'000); }), multiplying(),
+      reading(private_bytes / 2), reading(private_bytes * 4), threads > 1 ? best_transfer() : 0.0,
+      private_bytes);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -321,7 +322,7 @@ def test_bad_options(capsys) -> None:
 
 
 def test_a_floor_is_products_or_reading_weights() -> None:
-    rates = floors.Machine(2, flops=1e9, private_cache=1e9, shared_cache=1e8)
+    rates = floors.Machine(2, 2e9, product=1e9, private_cache=1e9, shared_cache=1e8)
     assert floors.floor(rates, "forward", "lstm", Shape(8, 10, 4, 4)) == pytest.approx(
         2 * 16 * (4 + 4) * 8 * 10 / 2e9
     )
@@ -336,8 +337,29 @@ def test_a_floor_is_products_or_reading_weights() -> None:
     )
 
 
+def test_a_floor_is_of_the_quickest_split() -> None:
+    free = floors.Machine(2, 2e9, product=1e9, private_cache=1e12, shared_cache=1e12)
+    shape = Shape(1, 10, 4, 4)
+    inputs, step = 2 * 16 * 4 * 10 / 1e9, 2 * 16 * 4 / 1e9
+    for transfer, expected in ((1e-8, inputs / 2 + 10 * (step / 2 + 1e-8)), (1.0, inputs + 10 * step)):
+        rates = dataclasses.replace(free, transfer=transfer)
+        assert floors.floor(rates, "forward", "lstm", shape) == pytest.approx(expected)
+        rows = Shape(2, 10, 4, 4)  # a row each: nothing to hand over
+        assert floors.floor(rates, "forward", "lstm", rows) == pytest.approx(inputs + 10 * step)
+
+
+def test_a_floor_holds_the_activations() -> None:
+    rates = floors.Machine(1, 2e9, 1e9, 1e12, 1e12, sigmoid=1e-9, tanh=1e-6)
+    shape, products = Shape(3, 10, 4, 4), 2 * 4 * (4 + 4) * 30 / 1e9
+    for cell, gates, each in (("lstm", 4, 2.003e-6), ("gru", 3, 1.002e-6), ("rnn", 1, 1e-6)):
+        found = floors.floor(rates, "forward", cell, shape)
+        assert found == pytest.approx(gates * products + 4 * 30 * each)
+    more = floors.floor(rates, "training", "lstm", shape)
+    assert more == pytest.approx(3 * 4 * products + 4 * 30 * 3.003e-6)
+
+
 def test_a_cells_floor_holds_the_call() -> None:
-    rates = floors.Machine(2, flops=1e9, private_cache=1e9, shared_cache=1e8)
+    rates = floors.Machine(2, 2e9, product=1e9, private_cache=1e9, shared_cache=1e8)
 
     def floor(mode: str, shape: Shape, nothing: float = 0.25) -> float | None:
         seconds = {peers.FUSED: 4e-5, peers.TORCH: 1e-4, cases.NOTHING: 9e-6}
@@ -370,7 +392,7 @@ def test_the_table_of_floors(tmp_path: Path, monkeypatch) -> None:
     found, results = report.load(tmp_path / "some.json")
     assert found == header
     assert results == results_of(4.0, 1.0, 0.5)
-    monkeypatch.setattr(floors, "probe", lambda threads: floors.Machine(threads, 1e11, 5e10, 2e10))
+    monkeypatch.setattr(floors, "probe", lambda threads: floors.Machine(threads, 1e11, 1e11, 5e10, 2e10))
     floors.main([str(tmp_path / "some.json")])
     text = (tmp_path / "floors.md").read_text()
     assert "| GRU, forward | the quickest peer | 0.71 | 2.10 |" in text, "the first is of one step"
@@ -379,4 +401,8 @@ def test_the_table_of_floors(tmp_path: Path, monkeypatch) -> None:
 def test_the_probe() -> None:
     found = floors.probe(1)
     assert found.flops > found.private_cache / 4 > 0
+    assert found.flops * 1.05 > found.product > found.flops / 4
+    assert 1e-11 < found.sigmoid < 1e-7
+    assert 1e-11 < found.tanh < 1e-7
+    assert found.transfer == 0.0, "of one thread"
     assert found.private_cache >= found.shared_cache * 0.5 > 0
