@@ -79,11 +79,12 @@ def activation_cost(name: str) -> float:
     few, many = (torch.linspace(-4, 4, count) for count in (1024, 9216))
 
     def best(x: Tensor) -> float:
-        return min(
-            timeit.repeat(lambda: torch.ops.fusedrnn.activation(name, isa, x), number=20, repeat=200)
-        )
+        def call() -> Tensor:
+            return torch.ops.fusedrnn.activation(name, isa, x)
 
-    return (best(many) - best(few)) / 20 / (many.numel() - few.numel())
+        return min(timeit.repeat(call, number=20, repeat=200)) / 20
+
+    return (best(many) - best(few)) / (many.numel() - few.numel())
 
 
 SHARE_OF_SGEMM = 0.85  # of torch.mm's rate: what the project asks of itself at large shapes
@@ -201,18 +202,20 @@ def table(machine: Machine, product_rate: float, results: list[report.Result]) -
     lines = [
         "# What the machine allows",
         "",
-        f"Of one thread while {machine.threads} run (`bench/probe.cpp`): "
-        f"{machine.flops / 1e9:.0f} GFLOP/s between registers, {machine.product / 1e9:.0f} in the tile "
-        f"of a product, {machine.private_cache / 1e9:.0f} GB/s from its private cache, "
-        f"{machine.shared_cache / 1e9:.0f} GB/s from the shared one; {machine.transfer * 1e9:.0f} ns "
-        f"from core to core; {machine.sigmoid * 1e9:.2f} ns a sigmoid, {machine.tanh * 1e9:.2f} a tanh; "
-        f"{product_rate / 1e9:.0f} GFLOP/s in torch.mm of {SIDE} x {SIDE} matrices.",
+        f"Of one thread while {machine.threads} run (`bench/probe.cpp`):",
+        "",
+        f"- {machine.flops / 1e9:.0f} GFLOP/s between registers, {machine.product / 1e9:.0f} in the",
+        f"  tile of a product, {product_rate / 1e9:.0f} in torch.mm of {SIDE} x {SIDE} matrices",
+        f"- {machine.private_cache / 1e9:.0f} GB/s from its private cache, "
+        f"{machine.shared_cache / 1e9:.0f} from the shared one",
+        f"- {machine.transfer * 1e9:.0f} ns from core to core",
+        f"- {machine.sigmoid * 1e9:.2f} ns a sigmoid, {machine.tanh * 1e9:.2f} a tanh",
         "",
         "The bound is the peer's time / the floor: what fusedrnn would reach if packing, storing",
-        "and calls cost nothing and no product stopped for a moment, the cores always at their",
+        "and calls cost nothing, no product stopped for a moment and the cores were always at their",
         "nearest. Layers' shapes of one step are left out of all columns. "
-        f"At {SHARE_OF_SGEMM:.0%} of sgemm: the",
-        "same bound with products at that share of torch.mm's rate. A cell's floor holds a",
+        f"At {SHARE_OF_SGEMM:.0%} of sgemm:",
+        "the same bound with products at that share of torch.mm's rate. A cell's floor holds a",
         "call that computes nothing, of a module with as many parameters, timed in their turns.",
         "",
         "| | time of ... / time of fusedrnn | reached | goal | bound | least bound "

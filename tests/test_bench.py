@@ -341,7 +341,8 @@ def test_a_floor_is_of_the_quickest_split() -> None:
     free = floors.Machine(2, 2e9, product=1e9, private_cache=1e12, shared_cache=1e12)
     shape = Shape(1, 10, 4, 4)
     inputs, step = 2 * 16 * 4 * 10 / 1e9, 2 * 16 * 4 / 1e9
-    for transfer, expected in ((1e-8, inputs / 2 + 10 * (step / 2 + 1e-8)), (1.0, inputs + 10 * step)):
+    near, far = inputs / 2 + 10 * (step / 2 + 1e-8), inputs + 10 * step
+    for transfer, expected in ((1e-8, near), (1.0, far)):
         rates = dataclasses.replace(free, transfer=transfer)
         assert floors.floor(rates, "forward", "lstm", shape) == pytest.approx(expected)
         rows = Shape(2, 10, 4, 4)  # a row each: nothing to hand over
@@ -392,7 +393,8 @@ def test_the_table_of_floors(tmp_path: Path, monkeypatch) -> None:
     found, results = report.load(tmp_path / "some.json")
     assert found == header
     assert results == results_of(4.0, 1.0, 0.5)
-    monkeypatch.setattr(floors, "probe", lambda threads: floors.Machine(threads, 1e11, 1e11, 5e10, 2e10))
+    rates = floors.Machine(2, 1e11, 1e11, 5e10, 2e10)
+    monkeypatch.setattr(floors, "probe", lambda threads: rates)
     floors.main([str(tmp_path / "some.json")])
     text = (tmp_path / "floors.md").read_text()
     assert "| GRU, forward | the quickest peer | 0.71 | 2.10 |" in text, "the first is of one step"
