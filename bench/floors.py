@@ -204,16 +204,16 @@ def table(machine: Machine, product_rate: float, results: list[report.Result]) -
         "",
         f"Of one thread while {machine.threads} run (`bench/probe.cpp`):",
         "",
-        f"- {machine.flops / 1e9:.0f} GFLOP/s between registers, {machine.product / 1e9:.0f} in the",
-        f"  tile of a product, {product_rate / 1e9:.0f} in torch.mm of {SIDE} x {SIDE} matrices",
+        f"- {machine.flops / 1e9:.0f} GFLOP/s between registers, {machine.product / 1e9:.0f} in",
+        f"  the tile of a product, {product_rate / 1e9:.0f} in torch.mm of {SIDE} x {SIDE} matrices",
         f"- {machine.private_cache / 1e9:.0f} GB/s from its private cache, "
         f"{machine.shared_cache / 1e9:.0f} from the shared one",
         f"- {machine.transfer * 1e9:.0f} ns from core to core",
         f"- {machine.sigmoid * 1e9:.2f} ns a sigmoid, {machine.tanh * 1e9:.2f} a tanh",
         "",
         "The bound is the peer's time / the floor: what fusedrnn would reach if packing, storing",
-        "and calls cost nothing, no product stopped for a moment and the cores were always at their",
-        "nearest. Layers' shapes of one step are left out of all columns. "
+        "and calls cost nothing, no product stopped for a moment and the cores were always at",
+        "their nearest. Layers' shapes of one step are left out of all columns. "
         f"At {SHARE_OF_SGEMM:.0%} of sgemm:",
         "the same bound with products at that share of torch.mm's rate. A cell's floor holds a",
         "call that computes nothing, of a module with as many parameters, timed in their turns.",
