@@ -205,9 +205,10 @@ def table(machine: Machine, product_rate: float, results: list[report.Result]) -
         f"Of one thread while {machine.threads} run (`bench/probe.cpp`):",
         "",
         f"- {machine.flops / 1e9:.0f} GFLOP/s between registers, {machine.product / 1e9:.0f} in",
-        f"  the tile of a product, {product_rate / 1e9:.0f} in torch.mm of {SIDE} x {SIDE} matrices",
-        f"- {machine.private_cache / 1e9:.0f} GB/s from its private cache, "
-        f"{machine.shared_cache / 1e9:.0f} from the shared one",
+        "  the tile of a product, "
+        f"{product_rate / 1e9:.0f} in torch.mm of {SIDE} x {SIDE} matrices",
+        f"- {machine.private_cache / 1e9:.0f} GB/s from its private cache,",
+        f"  {machine.shared_cache / 1e9:.0f} from the shared one",
         f"- {machine.transfer * 1e9:.0f} ns from core to core",
         f"- {machine.sigmoid * 1e9:.2f} ns a sigmoid, {machine.tanh * 1e9:.2f} a tanh",
         "",
