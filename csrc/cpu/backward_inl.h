@@ -136,15 +136,24 @@ class BackwardChunk {
 
   __attribute__((noinline)) void cell_gradients(int64_t t, int64_t u, Range rows,
                                                 bool starting) const {
+    const int64_t next = d_.reverse ? t + 1 : t - 1;
+    // Not before a barrier, which it would hold up.
+    const int64_t rows_next = slot_.parts == 1 ? rows_in_chunk(schedule_, d_.chunk, next) : 0;
     const auto fetch_row = [&](int64_t b, int64_t at)
                                __attribute__((always_inline)) { fetch(t, b, at); };
+    const auto fetch_next_step = [&](int64_t b, int64_t at) __attribute__((always_inline)) {
+      if (b < rows_next) fetch(next, b, at);
+    };
     dh_product<kTileRows<F, kStepVectors>>(
         u, rows, starting,
         [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
             __attribute__((always_inline)) {
 #pragma GCC unroll 1
               for (int r = 0; r < R; ++r) {
-                if (R > 2) with_next_tile(rows, own_output_panels_, b0 + R + r, panel, fetch_row);
+                if (R > 2) {
+                  with_next_tile(rows, own_output_panels_, b0 + R + r, panel, fetch_row,
+                                 fetch_next_step);
+                }
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; ++v) {
                   const int64_t unit = panel * kWidth + v * kLanes<S>;

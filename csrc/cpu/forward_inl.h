@@ -239,24 +239,35 @@ class ForwardChunk {
       }
       return row;
     };
-    const auto fetch = [&](int64_t b, int64_t panel) __attribute__((always_inline)) {
-      const int64_t unit = panel * Panel::blocks * kLanes<S>;
-      const auto row = row_of(b);
+    const auto fetch_of = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
+      const int64_t unit = panel * Panel::blocks * kLanes<S>, chunk_row = row - first_row_;
       for (int g = 0; g < kGates; ++g) {
-        fetch_to_write(gates_ + (row0 - first_row_ + b) * d_.gates_stride + g * hidden_ + unit);
-        if (!kExact && save_) fetch_to_write(row.saved + g * hidden_ + unit);
+        fetch_to_write(gates_ + chunk_row * d_.gates_stride + g * hidden_ + unit);
+        if (!kExact && save_) {
+          fetch_to_write(d_.saved_half + chunk_row * d_.saved_stride + g * hidden_ + unit);
+        }
       }
-      if constexpr (kCell == Cell::kLstm) {
-        fetch_to_write(row.c + unit);
-        if (save_) fetch_to_write(row.cells + unit);
-      }
-      fetch_to_write(h_write + state_row(schedule_, b) * output_ + unit);
-      const int64_t at = io_row(schedule_, row0 + b) * d_.y_stride + unit;
+      if (kCell == Cell::kLstm && save_) fetch_to_write(d_.cells + row * d_.cells_stride + unit);
+      const int64_t at = io_row(schedule_, row) * d_.y_stride + unit;
       if (d_.y_half != nullptr) {
         fetch_to_write(d_.y_half + at);
       } else {
         fetch_to_write(d_.y + at);
       }
+    };
+    const auto fetch = [&](int64_t b, int64_t panel) __attribute__((always_inline)) {
+      const int64_t unit = panel * Panel::blocks * kLanes<S>;
+      fetch_of(row0 + b, panel);
+      if (kCell == Cell::kLstm) fetch_to_write(d_.c + state_row(schedule_, b) * hidden_ + unit);
+      fetch_to_write(h_write + state_row(schedule_, b) * output_ + unit);
+    };
+    // The states are near: every step has them. Not before a barrier, which it would hold up; of
+    // the other cells it made no step quicker.
+    const int64_t next = d_.reverse ? t - 1 : t + 1;
+    const bool ahead = kCell == Cell::kLstm && slot_.parts == 1;
+    const int64_t rows_next = ahead ? rows_in_chunk(schedule_, d_.chunk, next) : 0;
+    const auto fetch_next_step = [&](int64_t b, int64_t panel) __attribute__((always_inline)) {
+      if (b < rows_next) fetch_of(schedule_.row0[next] + b, panel);
     };
     const auto apply = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0,
                                           int64_t panel) __attribute__((always_inline)) {
@@ -281,7 +292,9 @@ class ForwardChunk {
         }
       };
       each_row([&](int r, int block, int64_t unit) __attribute__((always_inline)) {
-        if (R > 2 && block == 0) with_next_tile(mine, own_panels_, b0 + R + r, panel, fetch);
+        if (R > 2 && block == 0) {
+          with_next_tile(mine, own_panels_, b0 + R + r, panel, fetch, fetch_next_step);
+        }
         half[r][block] = cell.begin(tile.sum[r] + block * kGates, row_of(b0 + r), unit);
       });
       each_row([&](int r, int block, int64_t unit) __attribute__((always_inline)) {

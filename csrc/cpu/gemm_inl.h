@@ -142,14 +142,26 @@ FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, int64_t a_step,
 
 // For an epilogue that touches lines which no prefetcher foresees: f(row, panel) for the row of the
 // tile after this one that stands where `row` less that tile's height stands in this one. Fetched
-// now, they arrive while that tile is multiplied.
-template <class F>
-FUSEDRNN_HD void with_next_tile(Range rows, Range panels, int64_t row, int64_t panel, F f) {
+// now, they arrive while that tile is multiplied. Behind the last tile, after_last(row, panel) for
+// the same rows of the first one.
+template <class F, class After>
+FUSEDRNN_HD void with_next_tile(Range rows, Range panels, int64_t row, int64_t panel, F f,
+                                After after_last) {
   if (row >= rows.end) {
     row -= rows.size();
     ++panel;
   }
-  if (row < rows.end && panel < panels.end) f(row, panel);
+  if (row >= rows.end) return;
+  if (panel < panels.end) {
+    f(row, panel);
+  } else {
+    after_last(row, panels.begin);
+  }
+}
+
+template <class F>
+FUSEDRNN_HD void with_next_tile(Range rows, Range panels, int64_t row, int64_t panel, F f) {
+  with_next_tile(rows, panels, row, panel, f, [](int64_t, int64_t) {});
 }
 
 FUSEDRNN_ISA_END

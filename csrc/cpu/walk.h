@@ -52,6 +52,11 @@ inline int64_t rows_at(const Schedule& schedule, int64_t t) {
   return t >= 0 && t < schedule.steps ? schedule.rows[t] : 0;
 }
 
+// The same of a step of this chunk; none outside it.
+inline int64_t rows_in_chunk(const Schedule& schedule, const Chunk& chunk, int64_t t) {
+  return t >= chunk.begin && t < chunk.end ? schedule.rows[t] : 0;
+}
+
 inline int64_t io_row(const Schedule& schedule, int64_t packed_row) {
   return schedule.io_row == nullptr ? packed_row : schedule.io_row[packed_row];
 }
