@@ -72,6 +72,8 @@ class ForwardChunk {
     const auto fetch = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
       S* gates = gates_ + chunk_row(row) * d_.gates_stride + panel * Panel::blocks * kLanes<S>;
       for (int g = 0; g < kGates; ++g) fetch_to_write(gates + g * hidden_);
+      // The first panel is the first to read x: the beginning of its rows, which are a stream each.
+      if (kExact && panel == own_panels_.begin) fetch_row(row_at(row), sizes_.input);
     };
     const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
                                              int64_t panel) __attribute__((always_inline)) {

@@ -136,7 +136,11 @@ class ChunkGradients {
       }
       W* to = columns_ + row / kValues * kGradientRows;
       if constexpr (kValues == 1) {
-        std::copy(from, from + width, to);
+        if (width == kGradientRows) {
+          std::copy(from, from + kGradientRows, to);  // of a length known here
+        } else {
+          std::copy(from, from + width, to);
+        }
       } else {
         const E* second = row + 1 < rows_ ? from + stride : nullptr;
         for (int64_t i = 0; i < width; ++i) {
@@ -305,8 +309,12 @@ class ChunkGradients {
         const auto row_at = [&](int64_t row) {
           return as_words<E>(dgates + row * d_.dgates_stride) + k;
         };
+        const auto fetch = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
+          if (panel == panels.begin) fetch_row(row_at(row), size);
+        };
         const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
                                                  int64_t panel) __attribute__((always_inline)) {
+          for (int r = 0; r < R; ++r) with_next_tile(rows, panels, row + R + r, panel, fetch);
           put_tile(tile, panel, sizes_.input, args_.add_dx || k > 0, [&](int r) {
             return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
           });

@@ -4,6 +4,7 @@
 // from the kernel file.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -114,6 +115,12 @@ FUSEDRNN_HD void store(S* to, Vec<S> v, int64_t n) {
 template <class S>
 FUSEDRNN_HD void fetch_to_read(const S* from) {
   __builtin_prefetch(from, 0, 3);
+}
+// The first lines of a row of n values.
+template <class S>
+FUSEDRNN_HD void fetch_row(const S* from, int64_t n) {
+  constexpr int64_t line = 64 / sizeof(S), most = 8 * line;
+  for (int64_t i = 0; i < std::min(n, most); i += line) fetch_to_read(from + i);
 }
 template <class S>
 FUSEDRNN_HD void fetch_to_write(S* to) {
