@@ -315,7 +315,7 @@ class BackwardChunk {
           [&](int64_t b) { return is_cut(b) ? zeros() : dgates_of(u, b); }, weight, put);
       return;
     }
-    dh_product<kSideRows>(
+    dh_product<kTileRows<F, kStepVectors>>(  // of a single step, a fifth of the work
         u, rows, false,
         [&](const auto& tile, int64_t b0, int64_t panel)
             __attribute__((always_inline)) { each(tile, b0, panel, sizes_.output, put); });
