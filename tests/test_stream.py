@@ -233,7 +233,7 @@ def test_a_second_thread_helps_where_steps_follow_closely() -> None:
     stream, x = Stream(fusedrnn.LSTM(512, 512)), torch.randn(512)
 
     def steps(pause: float) -> None:
-        for _ in range(20 if pause else 300):
+        for _ in range(20 if pause else 2000):
             time.sleep(pause)
             stream.step(x)
 
