@@ -210,36 +210,43 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
   constexpr int64_t line = 64 / sizeof(E);
   // Rows lie far apart: no prefetcher follows.
   constexpr int64_t ahead = 12;
-  Vec<S> sums[R][vectors] = {};
   const int64_t valid = rows.columns - column;
   const int64_t stride = values_apart<FormatOf<E>>(rows.columns);
-  const auto add = [&](int64_t at, auto read_at) __attribute__((always_inline)) {
+  // Two loops: in one with both ways to read, g++ 12 keeps the sums in memory.
+  const auto sum = [&](auto whole) __attribute__((always_inline)) {
+    Vec<S> sums[R][vectors] = {};
+    for (int i = 0; i < rows.blocks; ++i) {
+      const E* w = rows.weight + rows.gates[i] * rows.units * stride + column;
+      for (int64_t unit = 0; unit < rows.units; ++unit, w += stride) {
+        const int64_t at = i * rows.units_padded + unit;
+        if constexpr (whole) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      const Vec<S> right = read_at(v);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[r][v] += broadcast(value_of(a[r][at])) * right;
-    }
-  };
-  for (int i = 0; i < rows.blocks; ++i) {
-    const E* w = rows.weight + rows.gates[i] * rows.units * stride + column;
-    for (int64_t unit = 0; unit < rows.units; ++unit, w += stride) {
-      const int64_t at = i * rows.units_padded + unit;
-      if (valid >= vectors * lanes) {
-#pragma GCC unroll 4
-        for (int64_t c = 0; c < vectors * lanes; c += line) {
-          fetch_to_read(w + ahead * stride + c);
+          for (int64_t c = 0; c < vectors * lanes; c += line) {
+            fetch_to_read(w + ahead * stride + c);
+          }
         }
-        add(at, [&](int v) __attribute__((always_inline)) { return read(w + v * lanes); });
-      } else {
-        add(at, [&](int v) __attribute__((always_inline)) {
-          return read(w + v * lanes, valid - v * lanes);
-        });
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          const E* from = w + v * lanes;
+          Vec<S> right;
+          if constexpr (whole) {
+            right = read(from);
+          } else {
+            right = read(from, valid - v * lanes);
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) sums[r][v] += broadcast(value_of(a[r][at])) * right;
+        }
       }
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < vectors; ++v) store(to + (r * vectors + v) * lanes, sums[r][v]);
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < vectors; ++v) store(to + (r * vectors + v) * lanes, sums[r][v]);
+    }
+  };
+  if (valid >= vectors * lanes) {
+    sum(std::true_type{});
+  } else {
+    sum(std::false_type{});
   }
 }
 
@@ -248,7 +255,7 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
 template <class S, class E, class RowAt, class Visit>
 void product_by_column(Range rows, Range panels, RowAt row_at, const BlockRows<E>& weight,
                        Visit f) {
-  constexpr int lanes = kLanes<S>, most = 3;
+  constexpr int lanes = kLanes<S>, most = std::min(4, FUSEDRNN_ACCUMULATORS / kChunkVectors);
   constexpr int64_t width = kChunkVectors * lanes;
   const int64_t blocks = (rows.size() + most - 1) / most;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
