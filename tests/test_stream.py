@@ -7,7 +7,7 @@ import pickle
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -213,14 +213,6 @@ def test_long_runs_in_pieces() -> None:
     torch.testing.assert_close(Stream(module, batch_size=3).run(x), expected, rtol=0, atol=1e-5)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 def threads_of(call: Callable[[], object]) -> float:
     """How many threads were at work in it."""
     own, everyone = time.thread_time(), time.process_time()
@@ -228,7 +220,6 @@ def threads_of(call: Callable[[], object]) -> float:
     return (time.process_time() - everyone) / (time.thread_time() - own)
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_a_second_thread_helps_where_steps_follow_closely() -> None:
     stream, x = Stream(fusedrnn.LSTM(512, 512)), torch.randn(512)
 
@@ -237,22 +228,23 @@ def test_a_second_thread_helps_where_steps_follow_closely() -> None:
             time.sleep(pause)
             stream.step(x)
 
-    assert threads_of(lambda: steps(0.0)) > 1.5
-    time.sleep(0.1)  # until nobody spins any more
-    assert threads_of(lambda: steps(0.01)) < 1.3
+    with oracle.num_threads(2):
+        assert threads_of(lambda: steps(0.0)) > 1.5
+        time.sleep(0.1)  # until nobody spins any more
+        assert threads_of(lambda: steps(0.01)) < 1.3
 
 
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("weights", ROUNDED, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pace_of_steps_changes_no_bit(kind: str, weights: torch.dtype) -> None:
     size = (300, 400, 2, 1)
     stream, x = Stream(make(kind, size), weights=weights), make_input(size, 20)
-    together = [stream.step(row) for row in x]
-    stream.reset()
-    for row, expected in zip(x, together, strict=True):
-        time.sleep(0.006)
-        assert stream.step(row).equal(expected)
+    with oracle.num_threads(2):
+        together = [stream.step(row) for row in x]
+        stream.reset()
+        for row, expected in zip(x, together, strict=True):
+            time.sleep(0.006)
+            assert stream.step(row).equal(expected)
 
 
 def test_another_thread_is_refused() -> None:

@@ -228,12 +228,7 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
           const E* from = w + v * lanes;
-          Vec<S> right;
-          if constexpr (whole) {
-            right = read(from);
-          } else {
-            right = read(from, valid - v * lanes);
-          }
+          const Vec<S> right = whole ? read(from) : read(from, valid - v * lanes);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) sums[r][v] += broadcast(value_of(a[r][at])) * right;
         }

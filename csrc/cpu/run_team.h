@@ -50,11 +50,11 @@ inline int current_core() {
 
 // Moves the calling thread off `core`, if it runs there and there are as many cores as `threads`;
 // its affinity is the same afterwards. Linux may wake a thread on the core of the one that wakes
-// it while others idle: in a virtual machine it takes those for busy whose virtual core sleeps.
-// The two would then take turns for milliseconds.
+// it while others idle, above all in a virtual machine after a pause. The two would then take turns
+// for milliseconds.
 inline void leave_core([[maybe_unused]] int core, [[maybe_unused]] int threads) {
 #if defined(__linux__)
-  if (sched_getcpu() != core) return;
+  if (current_core() != core) return;
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0 || CPU_COUNT(&allowed) < threads) return;
   cpu_set_t others = allowed;

@@ -183,7 +183,7 @@ class Pace {
   int64_t in_time_ = 0;
 };
 
-// From so many multiplications on, a call is worth waking them.
+// From so many multiplications on, a call is worth waking OpenMP's threads.
 constexpr double kWorthWaking = 4 << 20;
 
 template <class W>

@@ -116,15 +116,16 @@ template <class S>
 FUSEDRNN_HD void fetch_to_read(const S* from) {
   __builtin_prefetch(from, 0, 3);
 }
+template <class S>
+FUSEDRNN_HD void fetch_to_write(S* to) {
+  __builtin_prefetch(to, 1, 3);
+}
+
 // The first lines of a row of n values.
 template <class S>
 FUSEDRNN_HD void fetch_row(const S* from, int64_t n) {
   constexpr int64_t line = 64 / sizeof(S), most = 8 * line;
   for (int64_t i = 0; i < std::min(n, most); i += line) fetch_to_read(from + i);
-}
-template <class S>
-FUSEDRNN_HD void fetch_to_write(S* to) {
-  __builtin_prefetch(to, 1, 3);
 }
 
 template <class S>
