@@ -113,12 +113,16 @@ FUSEDRNN_HD ReducedExp<V> reduced_exp(V x, ScalarOf<V> unit) {
 }
 
 // The smaller or the larger one; a NaN in x stays. Of the plain form GCC 12 makes a compare and a
-// blend for 64-byte vectors, and a compare takes a multiplication's place; one instruction does it.
+// blend, where one instruction does it, and with 64 bytes a compare takes a multiplication's place.
 template <class V>
 FUSEDRNN_HD V at_most(V limit, V x) {
 #if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<ScalarOf<V>, float> && sizeof(V) == 64) {
     return __builtin_ia32_minps512_mask(limit, x, x, uint16_t(-1), 4);
+  } else
+#elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<ScalarOf<V>, float> && sizeof(V) == 32) {
+    return __builtin_ia32_minps256(limit, x);
   } else
 #endif
     return limit < x ? limit : x;
@@ -128,6 +132,10 @@ FUSEDRNN_HD V at_least(V limit, V x) {
 #if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<ScalarOf<V>, float> && sizeof(V) == 64) {
     return __builtin_ia32_maxps512_mask(limit, x, x, uint16_t(-1), 4);
+  } else
+#elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<ScalarOf<V>, float> && sizeof(V) == 32) {
+    return __builtin_ia32_maxps256(limit, x);
   } else
 #endif
     return limit > x ? limit : x;

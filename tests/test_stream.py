@@ -43,6 +43,15 @@ def test_results(kind: str, size: tuple[int, int, int, int], weights: torch.dtyp
             assert error.mean() <= 1e-6 * scale + LEVEL[weights] * scale / 10
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_8_bit_values_add_up(sign: int, isa) -> None:
+    """All at an end of their range: instructions that sum pairs in 16 bits may saturate."""
+    module = nn.RNN(64, 32, nonlinearity="relu", bias=False).requires_grad_(False)
+    module.weight_ih_l0.fill_(0.5 * sign)
+    y = Stream(module, weights=torch.int8).run(torch.full((1, 64), float(sign)))
+    torch.testing.assert_close(y, torch.full((1, 32), 32.0), rtol=1e-6, atol=0)
+
+
 def test_float32_is_as_exact_as_torch() -> None:
     for kind in KINDS:
         size = (64, 128, 2, 3)

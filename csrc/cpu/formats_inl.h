@@ -1,7 +1,8 @@
 // What the operands of a product are: values of the arithmetic's type, or narrow ones, several to a
 // 32-bit word, that lie one after another in k. A format says how a word of a row and a word of a
 // panel are multiplied and added to a sum, for a vector of words, and how a row is written in
-// words.
+// words. Where that takes several instructions, words are taken apart into kParts operands, so that
+// what is done to a row's word is done once for all of a panel's, and the other way round.
 //
 // FUSEDRNN_DOT_PRODUCTS, from the kernel file: there are vdpbf16ps and vpdpbusd.
 #pragma once
@@ -11,18 +12,23 @@
 
 FUSEDRNN_ISA_BEGIN
 
-// Rows of a tile: without such instructions, few, as they are slow anyhow and long to compile.
-#ifdef FUSEDRNN_DOT_PRODUCTS
-inline constexpr int kNarrowRows = 6;
-#else
-inline constexpr int kNarrowRows = 2;
-#endif
+// Rows of a tall tile.
+inline constexpr int kTallRows = 6;
 
 template <class S>
 struct Exact {
   using Word = S;
   using Sum = S;
-  static constexpr int kMostRows = sizeof(S) == 8 ? 3 : 6;
+  static constexpr int kMostRows = sizeof(S) == 8 ? 3 : kTallRows;
+  static constexpr int kParts = 1;
+  template <int>
+  static FUSEDRNN_HD Vec<S> left(Vec<S> word) {
+    return word;
+  }
+  template <int>
+  static FUSEDRNN_HD Vec<S> right(Vec<S> word) {
+    return word;
+  }
   static FUSEDRNN_HD Vec<S> add(Vec<S> sum, Vec<S> left, Vec<S> right) {
     return sum + left * right;
   }
@@ -33,17 +39,39 @@ struct Exact {
 struct Bf16 {
   using Word = uint32_t;
   using Sum = float;
-  static constexpr int kMostRows = kNarrowRows;
 
   // The lower half of a word comes first in memory and in k.
-  static FUSEDRNN_HD Vec<float> add(Vec<float> sum, Vec<Word> left, Vec<Word> right) {
 #ifdef FUSEDRNN_DOT_PRODUCTS
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
-#else
-    sum += (Vec<float>)(left << 16) * (Vec<float>)(right << 16);
-    return sum + (Vec<float>)(left & 0xffff0000u) * (Vec<float>)(right & 0xffff0000u);
-#endif
+  static constexpr int kMostRows = kTallRows, kParts = 1;
+  template <int>
+  static FUSEDRNN_HD Vec<Word> left(Vec<Word> word) {
+    return word;
   }
+  template <int>
+  static FUSEDRNN_HD Vec<Word> right(Vec<Word> word) {
+    return word;
+  }
+  static FUSEDRNN_HD Vec<float> add(Vec<float> sum, Vec<Word> left, Vec<Word> right) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+  }
+#else
+  static constexpr int kMostRows = kTallRows - 1, kParts = 2;  // the mask takes a register too
+  template <int Part>
+  static FUSEDRNN_HD Vec<float> right(Vec<Word> word) {
+    return (Vec<float>)(Part == 0 ? word << 16 : word & 0xffff0000u);
+  }
+  template <int Part>
+  static FUSEDRNN_HD Vec<float> left(Vec<Word> word) {
+    // A broadcast word: else g++ 12 shifts it before, and a vector is made of it the long way.
+  #if defined(__x86_64__)
+    asm("" : "+v"(word));
+  #endif
+    return right<Part>(word);
+  }
+  static FUSEDRNN_HD Vec<float> add(Vec<float> sum, Vec<float> left, Vec<float> right) {
+    return sum + left * right;
+  }
+#endif
 
   // The sum of a word's values.
   static FUSEDRNN_HD float total(Word word) {
@@ -93,25 +121,64 @@ struct Bf16 {
 };
 
 // Four 8-bit values to a word. Rows are unsigned, a value q standing for (q - 128) * factor with
-// the row's own factor; panels are signed. The sum of 128 times a panel's column is taken off
-// afterwards, by who knows it.
+// the row's own factor; panels are signed. Where kShifted, products are of q itself, and the sum of
+// 128 times a panel's column is taken off afterwards, by who knows it.
 struct Int8 {
   using Word = uint32_t;
   using Sum = int32_t;
-  static constexpr int kMostRows = kNarrowRows;
   static constexpr int kZero = 128, kMost = 127;
 
-  static FUSEDRNN_HD Vec<int32_t> add(Vec<int32_t> sum, Vec<Word> left, Vec<Word> right) {
 #ifdef FUSEDRNN_DOT_PRODUCTS
-    return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
-#else
-    const Vec<int32_t> r = (Vec<int32_t>)right;
-    sum += (Vec<int32_t>)(left & 255u) * ((r << 24) >> 24);
-    sum += (Vec<int32_t>)((left >> 8) & 255u) * ((r << 16) >> 24);
-    sum += (Vec<int32_t>)((left >> 16) & 255u) * ((r << 8) >> 24);
-    return sum + (Vec<int32_t>)(left >> 24) * (r >> 24);
-#endif
+  static constexpr int kMostRows = kTallRows, kParts = 1;
+  static constexpr bool kShifted = true;
+  template <int>
+  static FUSEDRNN_HD Vec<Word> left(Vec<Word> word) {
+    return word;
   }
+  template <int>
+  static FUSEDRNN_HD Vec<Word> right(Vec<Word> word) {
+    return word;
+  }
+  static FUSEDRNN_HD Vec<int32_t> add(Vec<int32_t> sum, Vec<Word> left, Vec<Word> right) {
+    return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
+  }
+#elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
+  // vpmaddubsw adds two products in 16 bits: room for 7 bits a side and the sign, which goes to the
+  // panel's value.
+  static constexpr int kMostRows = 4, kParts = 1;
+  static constexpr bool kShifted = false;
+  struct Left {
+    __m256i value, size;
+  };
+  template <int>
+  static FUSEDRNN_HD Left left(Vec<Word> word) {
+    const __m256i value = (__m256i)(word ^ 0x80808080u);
+    return {value, _mm256_abs_epi8(value)};
+  }
+  template <int>
+  static FUSEDRNN_HD __m256i right(Vec<Word> word) {
+    return (__m256i)word;
+  }
+  static FUSEDRNN_HD Vec<int32_t> add(Vec<int32_t> sum, Left left, __m256i right) {
+    const __m256i pairs = _mm256_maddubs_epi16(left.size, _mm256_sign_epi8(right, left.value));
+    return sum + (Vec<int32_t>)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+#else
+  // Long to compile, and slow in any case: low tiles.
+  static constexpr int kMostRows = 2, kParts = 4;
+  static constexpr bool kShifted = true;
+  template <int Part>
+  static FUSEDRNN_HD Vec<int32_t> left(Vec<Word> word) {
+    return (Vec<int32_t>)((word >> (8 * Part)) & 255u);
+  }
+  template <int Part>
+  static FUSEDRNN_HD Vec<int32_t> right(Vec<Word> word) {
+    return (Vec<int32_t>)(word << (24 - 8 * Part)) >> 24;
+  }
+  static FUSEDRNN_HD Vec<int32_t> add(Vec<int32_t> sum, Vec<int32_t> left, Vec<int32_t> right) {
+    return sum + left * right;
+  }
+#endif
 
   // Returns the row's factor; NaN where a value is not finite, so that the products are too.
   static FUSEDRNN_HD float write_row(Word* to, const float* from, int64_t columns) {
@@ -143,6 +210,14 @@ struct Int8 {
     return factor + poison;
   }
 };
+
+// f(std::integral_constant) for each part of a format's words.
+template <class F, class Visit>
+FUSEDRNN_HD void for_each_part(Visit f) {
+  [&]<int... Part>(std::integer_sequence<int, Part...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, Part>{}), ...);
+  }(std::make_integer_sequence<int, F::kParts>{});
+}
 
 template <class F>
 inline constexpr int kValuesPerWord = std::is_same_v<F, Bf16>   ? 2

@@ -1,9 +1,10 @@
 // Products of a few rows with packed panels: the micro-kernel under everything.
 //
-// A panel holds, for each k, the NV vectors of columns that one tile computes: [K][NV][lanes]. In
-// the forward direction these are the gates of `lanes` hidden units, so that a tile ends with all
-// gates of a unit in registers and its epilogue can apply the cell's equations there. k counts the
-// words of a format (formats_inl.h), which hold one value or several.
+// A panel holds, for each k, the NV vectors of columns that one tile computes. In the forward
+// direction these are the gates of `lanes` hidden units, so that a tile ends with all gates of a
+// unit and its epilogue can apply the cell's equations there. k counts the words of a format
+// (formats_inl.h), which hold one value or several. A panel lies in strips of vectors that a tall
+// tile multiplies at a time: [strip][K][vectors][lanes].
 #pragma once
 
 #include <algorithm>
@@ -13,93 +14,155 @@
 
 FUSEDRNN_ISA_BEGIN
 
-// Rows of a tile of NV vectors: the sums fill the registers and leave some for the operands.
+// Vectors of a strip: as many as a tall tile has registers for, its rows being the longer side. Six
+// rows by two vectors read a panel from the private cache half as often as three by four.
+constexpr int strip_vectors(int vectors) {
+  int strip = vectors;
+  while (strip * kTallRows > FUSEDRNN_ACCUMULATORS || vectors % strip != 0) --strip;
+  return strip;
+}
+template <int NV>
+inline constexpr int kStripVectors = strip_vectors(NV);
+
+// Where the vector of column `v` at row i of k stands in a panel of NV vectors.
+template <int NV, int Lanes>
+constexpr int64_t panel_offset(int64_t i, int v, int64_t k) {
+  constexpr int strip = kStripVectors<NV>;
+  return ((v / strip * k + i) * strip + v % strip) * Lanes;
+}
+
+// Rows of a tile of NV vectors: a strip's sums fill the registers and leave some for the operands.
 // Double is there for proofs more than for speed: lower tiles, less code.
 template <class F, int NV>
-inline constexpr int kTileRows = std::min(FUSEDRNN_ACCUMULATORS / NV, F::kMostRows);
+inline constexpr int kTileRows = std::min(FUSEDRNN_ACCUMULATORS / kStripVectors<NV>, F::kMostRows);
 
 template <class S, int R, int NV>
 struct Tile {
   Vec<S> sum[R][NV];
 };
 
-// tile.sum[r][v] = sum over i < k of a[r][i * a_step] * (vector v at i * b_step), the tile's
-// vectors being those of Width / NV panels that lie `panel_size` apart.
-template <class F, int NV, int R, int Width, class Word = typename F::Word>
-FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, Width>& tile, const Word* const (&a)[R],
-                          int64_t a_step, const Word* panel, int64_t b_step, int64_t panel_size,
+// tile.sum[r][v] = sum over i < k of a[r][i * a_step] * (vector v at i * b_step), for `Width` of
+// the tile's vectors from `first` on; they are those of strips of Strip vectors, `strip_size`
+// apart. A sum is that of `Sets` ones, which take k in turns.
+template <class F, int Strip, int Width, int Sets, int R, int NV, class Word = typename F::Word>
+FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const Word* const (&a)[R],
+                          int64_t a_step, const Word* strips, int64_t b_step, int64_t strip_size,
                           int64_t k) {
-  // A sum waits for its last addition: short tiles use several sets of sums to hide that.
-  constexpr int sets = R * Width >= 8 ? 1 : R * Width >= 4 ? 2 : 4;
+  // A loop of few multiplications at a turn loses a cycle of each to its branch, and to where the
+  // cache of decoded instructions happens to cut it.
+  constexpr int at_a_turn = Sets == 1 && R * Width * F::kParts <= 12 ? 2 : Sets;
   constexpr int lanes = kLanes<Word>;
   using Sums = Vec<typename F::Sum>[R][Width];
-  Sums sum[sets] = {};
+  Sums sum[Sets] = {};
   const auto step = [&](Sums& s, int64_t at, const Word* b) __attribute__((always_inline)) {
-    Vec<Word> right[Width];
+    for_each_part<F>([&](auto part) __attribute__((always_inline)) {
+      // Words are read again: there are no registers to keep them in.
+      if constexpr (part > 0) asm volatile("" ::: "memory");
+      const auto left_at = [&](int r) __attribute__((always_inline)) {
+        return F::template left<part>(broadcast(a[r][at]));
+      };
+      const auto right_at = [&](int v) __attribute__((always_inline)) {
+        return F::template right<part>(load(b + v / Strip * strip_size + v % Strip * lanes));
+      };
+      // The fewer operands stay in registers while the others pass by.
+      if constexpr (R < Width) {
+        decltype(left_at(0)) left[R];
 #pragma GCC unroll 8
-    for (int v = 0; v < Width; ++v) right[v] = load(b + v / NV * panel_size + v % NV * lanes);
+        for (int r = 0; r < R; ++r) left[r] = left_at(r);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec<Word> left = broadcast(a[r][at]);
+        for (int v = 0; v < Width; ++v) {
+          const auto right = right_at(v);
 #pragma GCC unroll 8
-      for (int v = 0; v < Width; ++v) s[r][v] = F::add(s[r][v], left, right[v]);
-    }
+          for (int r = 0; r < R; ++r) s[r][v] = F::add(s[r][v], left[r], right);
+        }
+      } else {
+        decltype(right_at(0)) right[Width];
+#pragma GCC unroll 8
+        for (int v = 0; v < Width; ++v) right[v] = right_at(v);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const auto left = left_at(r);
+#pragma GCC unroll 8
+          for (int v = 0; v < Width; ++v) s[r][v] = F::add(s[r][v], left, right[v]);
+        }
+      }
+    });
   };
   int64_t i = 0;
-  for (; i + sets <= k; i += sets) {
+  for (; i + at_a_turn <= k; i += at_a_turn) {
 #pragma GCC unroll 4
-    for (int u = 0; u < sets; ++u) step(sum[u], (i + u) * a_step, panel + (i + u) * b_step);
+    for (int u = 0; u < at_a_turn; ++u) {
+      step(sum[u % Sets], (i + u) * a_step, strips + (i + u) * b_step);
+    }
   }
-  for (; i < k; ++i) step(sum[0], i * a_step, panel + i * b_step);
+  for (; i < k; ++i) step(sum[0], i * a_step, strips + i * b_step);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < Width; ++v) {
-      if constexpr (sets == 1) tile.sum[r][v] = sum[0][r][v];
-      if constexpr (sets == 2) tile.sum[r][v] = sum[0][r][v] + sum[1][r][v];
-      if constexpr (sets == 4) {
-        tile.sum[r][v] = (sum[0][r][v] + sum[1][r][v]) + (sum[2][r][v] + sum[3][r][v]);
-      }
+      Vec<typename F::Sum>& to = tile.sum[r][first + v];
+      if constexpr (Sets == 1) to = sum[0][r][v];
+      if constexpr (Sets == 2) to = sum[0][r][v] + sum[1][r][v];
+      if constexpr (Sets == 4) to = (sum[0][r][v] + sum[1][r][v]) + (sum[2][r][v] + sum[3][r][v]);
     }
   }
 }
+
+// Panels that a single row takes at once: up to eight vectors.
+template <int NV>
+inline constexpr int kRowPanels = NV <= 4 ? 2 : 1;
 
 template <class F, int NV, int R, int Panels, class RowAt, class Epilogue>
 FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_t a_step,
                                const typename F::Word* packed, int64_t panel_size, int64_t k,
                                Epilogue& epilogue, bool from_end = false) {
   const int64_t first = from_end && k > 0 ? k - 1 : 0, way = from_end ? -1 : 1;
-  constexpr int64_t b_step = NV * kLanes<typename F::Word>;
+  constexpr int strip = kStripVectors<NV>, all = NV * Panels;
+  // At once where the registers hold all sums, and the operands beside them.
+  constexpr int width = R * all + std::min(R, all) <= FUSEDRNN_ACCUMULATORS + 2 ? all : strip;
+  // A sum waits for its last addition: short tiles use several sets of sums to hide that. A row's
+  // last panel, alone, as many as the others: which one that is hangs on the number of threads.
+  constexpr int sums = R == 1 ? kRowPanels<NV> * NV : R * width;
+  constexpr int sets = sums >= 8 ? 1 : sums >= 4 ? 2 : 4;
+  constexpr int64_t b_step = strip * kLanes<typename F::Word>;
+  const int64_t strip_size = panel_size / (NV / strip);
   const typename F::Word* a[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = row_at(row + r) + first * a_step;
-  Tile<typename F::Sum, R, NV * Panels> tile;
-  multiply<F, NV>(tile, a, way * a_step, packed + panel * panel_size + first * b_step, way * b_step,
-                  panel_size, k);
-  // From here on a tall tile lies in memory. Without this, g++ 12 lets some of the sums lose their
-  // registers to the epilogue's values inside the loop, which then adds to memory.
-  if constexpr (R > 2) asm volatile("" : "+m"(tile));
+  Tile<typename F::Sum, R, all> tile;
+#pragma GCC unroll 8
+  for (int v = 0; v < all; v += width) {
+    multiply<F, strip, width, sets>(
+        tile, v, a, way * a_step,
+        packed + panel * panel_size + v / strip * strip_size + first * b_step, way * b_step,
+        strip_size, k);
+    // From here on a tall tile lies in memory. Without this, g++ 12 lets some of the sums lose
+    // their registers to the epilogue's values inside the loop, which then adds to memory.
+    if constexpr (R > 2) asm volatile("" : "+m"(tile));
+  }
   epilogue(tile, row, panel);
 }
 
-// A single row takes two panels at once: a tile's epilogue is one chain of dependent instructions a
-// panel, and two hide each other. The walk's steps read the weights from either end in turn: what
-// the last step left in the first cache is used before it has to go.
+// A single row takes two panels at once where they are narrow: a tile's epilogue is one chain of
+// dependent instructions for each vector of units, and two hide each other. The walk's steps read
+// the weights from either end in turn: what the last step left in the first cache is used before it
+// has to go.
 template <class F, int NV, class RowAt, class Epilogue>
 FUSEDRNN_HD void product_of_row(int64_t row, Range panels, RowAt row_at, int64_t a_step,
                                 const typename F::Word* packed, int64_t panel_size, int64_t k,
                                 Epilogue epilogue, bool from_end) {
-  const int64_t pairs = panels.size() / 2;
+  constexpr int at_once = kRowPanels<NV>;
+  const int64_t pairs = panels.size() / at_once;
   const auto single = [&] __attribute__((always_inline)) {
-    if (panels.size() % 2 == 0) return;
+    if (panels.size() % at_once == 0) return;
     multiply_rows<F, NV, 1, 1>(row, panels.end - 1, row_at, a_step, packed, panel_size, k, epilogue,
                                from_end);
   };
   if (from_end) single();
   for (int64_t i = 0; i < pairs; ++i) {
     const int64_t pair = from_end ? pairs - 1 - i : i;
-    multiply_rows<F, NV, 1, 2>(row, panels.begin + 2 * pair, row_at, a_step, packed, panel_size, k,
-                               epilogue, from_end);
+    multiply_rows<F, NV, 1, at_once>(row, panels.begin + at_once * pair, row_at, a_step, packed,
+                                     panel_size, k, epilogue, from_end);
   }
   if (!from_end) single();
 }

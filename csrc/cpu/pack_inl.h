@@ -8,18 +8,18 @@
 FUSEDRNN_ISA_BEGIN
 
 // How a cell's gates share a forward panel: Gates blocks of columns for each of Blocks neighbouring
-// vectors of hidden units (more than one only where a single gate would leave the tile too small).
+// vectors of hidden units. Two where a strip would else be a single vector.
 template <int Gates>
 struct UnitPanel {
   static constexpr int gates = Gates;
-  static constexpr int blocks = Gates == 1 ? 2 : 1;
+  static constexpr int blocks = strip_vectors(Gates) == 1 ? 2 : 1;
   static constexpr int vectors = gates * blocks;
 };
 
 // Vectors of columns in the other panels: for dh, one product a step, few columns keep both threads
-// of a small layer busy; for the products over a whole chunk, wide tiles.
+// of a small layer busy; for the products over a whole chunk, tiles as wide as tall ones can be.
 inline constexpr int kStepVectors = 2;
-inline constexpr int kChunkVectors = 4;
+inline constexpr int kChunkVectors = FUSEDRNN_ACCUMULATORS / kTallRows;
 
 template <class S>
 constexpr int64_t panel_count(int64_t columns, int blocks) {
@@ -27,9 +27,9 @@ constexpr int64_t panel_count(int64_t columns, int blocks) {
   return (columns + width - 1) / width;
 }
 
-// From weights (Gates * units, k), row-major, to panels by unit: [panel][k][vectors][lanes]. Each
-// vector comes from a row of its own and goes to lines apart: too many streams for the hardware's
-// prefetcher, so they are fetched ahead, the source into the larger cache, the target for writing.
+// From weights (Gates * units, k), row-major, to panels by unit. Each vector comes from a row of
+// its own and goes to lines apart: too many streams for the hardware's prefetcher, so they are
+// fetched ahead, the source into the larger cache, the target for writing.
 template <int Gates, class S>
 void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range panels) {
   using P = UnitPanel<Gates>;
@@ -44,12 +44,12 @@ void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range p
         Vec<S> rows[lanes];
         for (int r = 0; r < lanes; ++r) {
           __builtin_prefetch(from + r * k + i + 4 * lanes, 0, 2);
-          fetch_to_write(to + (i + r + 2 * lanes) * (P::vectors * lanes) + v * lanes);
+          fetch_to_write(to + panel_offset<P::vectors, lanes>(i + r + 2 * lanes, v, k));
           rows[r] = r < valid ? load(from + r * k + i, k - i) : Vec<S>{};
         }
         transpose<S>(rows);
         for (int64_t r = 0; r < lanes && i + r < k; ++r) {
-          store(to + (i + r) * (P::vectors * lanes) + v * lanes, rows[r]);
+          store(to + panel_offset<P::vectors, lanes>(i + r, v, k), rows[r]);
         }
       }
     }
@@ -91,7 +91,8 @@ FUSEDRNN_HD Tile<S, R, NV> scaled(const Tile<int32_t, R, NV>& tile, const Column
     const int64_t unit = (panel * UnitPanel<Gates>::blocks + v / Gates) * kLanes<S>;
     const int64_t at = v % Gates * padded(units) + unit;
     const bool inside = unit < padded(units);
-    const Vec<int32_t> offset = inside ? load(scale.offset + at) : Vec<int32_t>{};
+    const bool shifted = Int8::kShifted && inside;
+    const Vec<int32_t> offset = shifted ? load(scale.offset + at) : Vec<int32_t>{};
     const Vec<S> factor = inside ? load(scale.factor + at) : Vec<S>{};
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -126,15 +127,20 @@ __attribute__((noinline)) void dot_rows(typename F::Sum* to, int64_t to_stride,
     Vec<Sum> sums[R][group] = {};
     int64_t i = 0;
     const auto step = [&](auto load_at) __attribute__((always_inline)) {
-      Vec<typename F::Word> left[R];
+      for_each_part<F>([&](auto part) __attribute__((always_inline)) {
+        const auto left_at = [&](int r) __attribute__((always_inline)) {
+          return F::template left<part>(load_at(a[r] + i));
+        };
+        decltype(left_at(0)) left[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) left[r] = load_at(a[r] + i);
+        for (int r = 0; r < R; ++r) left[r] = left_at(r);
 #pragma GCC unroll 16
-      for (int l = 0; l < group; ++l) {
-        const Vec<typename F::Word> right = load_at(w[l] + i);
+        for (int l = 0; l < group; ++l) {
+          const auto right = F::template right<part>(load_at(w[l] + i));
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sums[r][l] = F::add(sums[r][l], left[r], right);
-      }
+          for (int r = 0; r < R; ++r) sums[r][l] = F::add(sums[r][l], left[r], right);
+        }
+      });
     };
     for (; i + lanes <= k; i += lanes) step([](const auto* from) { return load(from); });
     if (i < k) step([&](const auto* from) { return load(from, k - i); });
@@ -274,8 +280,8 @@ void product_by_column(Range rows, Range panels, RowAt row_at, const BlockRows<E
   }
 }
 
-// From rows of `columns` values to panels by column: [panel][k][Vectors][lanes], k and `rows`
-// counting words. row_at(i) points to row i of values, or is null for a row of zeros.
+// From rows of `columns` values to panels by column, k and `rows` counting words. row_at(i) points
+// to row i of values, or is null for a row of zeros.
 template <int Vectors, class F, class RowAt>
 void pack_by_column(typename F::Word* packed, int64_t columns, int64_t k, Range rows, Range panels,
                     RowAt row_at) {
@@ -297,7 +303,7 @@ void pack_by_column(typename F::Word* packed, int64_t columns, int64_t k, Range 
           if (from != nullptr) word = load_bits(from + column, valid);
           if (second != nullptr) word |= load_bits(second + column, valid) << 16;
         }
-        store(to + (i * Vectors + v) * lanes, word);
+        store(to + panel_offset<Vectors, lanes>(i, v, k), word);
       }
     }
   }
