@@ -15,20 +15,25 @@ FUSEDRNN_ISA_BEGIN
 // Rows of a tall tile.
 inline constexpr int kTallRows = 6;
 
+// Of a format whose words are multiplied as they are.
+template <class W>
+struct WholeWords {
+  static constexpr int kParts = 1;
+  template <int>
+  static FUSEDRNN_HD Vec<W> left(Vec<W> word) {
+    return word;
+  }
+  template <int>
+  static FUSEDRNN_HD Vec<W> right(Vec<W> word) {
+    return word;
+  }
+};
+
 template <class S>
-struct Exact {
+struct Exact : WholeWords<S> {
   using Word = S;
   using Sum = S;
   static constexpr int kMostRows = sizeof(S) == 8 ? 3 : kTallRows;
-  static constexpr int kParts = 1;
-  template <int>
-  static FUSEDRNN_HD Vec<S> left(Vec<S> word) {
-    return word;
-  }
-  template <int>
-  static FUSEDRNN_HD Vec<S> right(Vec<S> word) {
-    return word;
-  }
   static FUSEDRNN_HD Vec<S> add(Vec<S> sum, Vec<S> left, Vec<S> right) {
     return sum + left * right;
   }
@@ -36,21 +41,17 @@ struct Exact {
 };
 
 // Two bfloat16 values to a word.
-struct Bf16 {
+struct Bf16
+#ifdef FUSEDRNN_DOT_PRODUCTS
+    : WholeWords<uint32_t>
+#endif
+{
   using Word = uint32_t;
   using Sum = float;
 
   // The lower half of a word comes first in memory and in k.
 #ifdef FUSEDRNN_DOT_PRODUCTS
-  static constexpr int kMostRows = kTallRows, kParts = 1;
-  template <int>
-  static FUSEDRNN_HD Vec<Word> left(Vec<Word> word) {
-    return word;
-  }
-  template <int>
-  static FUSEDRNN_HD Vec<Word> right(Vec<Word> word) {
-    return word;
-  }
+  static constexpr int kMostRows = kTallRows;
   static FUSEDRNN_HD Vec<float> add(Vec<float> sum, Vec<Word> left, Vec<Word> right) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
   }
@@ -123,22 +124,18 @@ struct Bf16 {
 // Four 8-bit values to a word. Rows are unsigned, a value q standing for (q - 128) * factor with
 // the row's own factor; panels are signed. Where kShifted, products are of q itself, and the sum of
 // 128 times a panel's column is taken off afterwards, by who knows it.
-struct Int8 {
+struct Int8
+#ifdef FUSEDRNN_DOT_PRODUCTS
+    : WholeWords<uint32_t>
+#endif
+{
   using Word = uint32_t;
   using Sum = int32_t;
   static constexpr int kZero = 128, kMost = 127;
 
 #ifdef FUSEDRNN_DOT_PRODUCTS
-  static constexpr int kMostRows = kTallRows, kParts = 1;
+  static constexpr int kMostRows = kTallRows;
   static constexpr bool kShifted = true;
-  template <int>
-  static FUSEDRNN_HD Vec<Word> left(Vec<Word> word) {
-    return word;
-  }
-  template <int>
-  static FUSEDRNN_HD Vec<Word> right(Vec<Word> word) {
-    return word;
-  }
   static FUSEDRNN_HD Vec<int32_t> add(Vec<int32_t> sum, Vec<Word> left, Vec<Word> right) {
     return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
   }

@@ -21,20 +21,18 @@ constexpr int strip_vectors(int vectors) {
   while (strip * kTallRows > FUSEDRNN_ACCUMULATORS || vectors % strip != 0) --strip;
   return strip;
 }
-template <int NV>
-inline constexpr int kStripVectors = strip_vectors(NV);
 
 // Where the vector of column `v` at row i of k stands in a panel of NV vectors.
 template <int NV, int Lanes>
 constexpr int64_t panel_offset(int64_t i, int v, int64_t k) {
-  constexpr int strip = kStripVectors<NV>;
+  constexpr int strip = strip_vectors(NV);
   return ((v / strip * k + i) * strip + v % strip) * Lanes;
 }
 
 // Rows of a tile of NV vectors: a strip's sums fill the registers and leave some for the operands.
 // Double is there for proofs more than for speed: lower tiles, less code.
 template <class F, int NV>
-inline constexpr int kTileRows = std::min(FUSEDRNN_ACCUMULATORS / kStripVectors<NV>, F::kMostRows);
+inline constexpr int kTileRows = std::min(FUSEDRNN_ACCUMULATORS / strip_vectors(NV), F::kMostRows);
 
 template <class S, int R, int NV>
 struct Tile {
@@ -117,7 +115,7 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_
                                const typename F::Word* packed, int64_t panel_size, int64_t k,
                                Epilogue& epilogue, bool from_end = false) {
   const int64_t first = from_end && k > 0 ? k - 1 : 0, way = from_end ? -1 : 1;
-  constexpr int strip = kStripVectors<NV>, all = NV * Panels;
+  constexpr int strip = strip_vectors(NV), all = NV * Panels;
   // At once where the registers hold all sums, and the operands beside them.
   constexpr int width = R * all + std::min(R, all) <= FUSEDRNN_ACCUMULATORS + 2 ? all : strip;
   // A sum waits for its last addition: short tiles use several sets of sums to hide that. A row's
