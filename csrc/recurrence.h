@@ -178,7 +178,7 @@ struct ForwardArgs {
   const S* zeros;  // (max(4 Hp, Pp))
   W* words;        // scratch: per thread, rows of x or of a state in words; unused where W is S
   int64_t words_stride;
-  W* across;  // scratch: per thread, up to kMostAcross rows of x or of a state; or null
+  W* across;  // scratch: per thread, up to kMostAcross rows of x and of a state; or null
   int64_t across_stride;
   S* factors;  // scratch: per thread, the factors of those rows
   int64_t factors_stride;

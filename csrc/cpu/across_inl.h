@@ -31,29 +31,39 @@ void pack_across(Word* packed, Range rows, int64_t k, RowAt row_at) {
   }
 }
 
-// to (vectors, rows, lanes of units) = the products of one panel of rows with up to `lanes` rows of
-// weights, of which `valid` exist (the others give 0). A function, not inlined: it serves all
-// cells.
+// A term of a panel of rows, packed: their products with rows of k words of weights.
+template <class Word>
+struct PackedTerm {
+  const Word* packed;
+  const Word* weights;
+  int64_t k;
+};
+
+// to (vectors, rows, lanes of units) = the sum of all terms: the products of one panel of rows with
+// up to `lanes` rows of weights, of which `valid` exist (the others give 0). A function, not
+// inlined: it serves all cells.
 template <class F>
-__attribute__((noinline)) void across_panel(typename F::Sum* to, const typename F::Word* packed,
-                                            const typename F::Word* weights, int64_t k,
+__attribute__((noinline)) void across_panel(typename F::Sum* to,
+                                            const PackedTerm<typename F::Word>* terms, int count,
                                             int64_t valid) {
   using Sum = typename F::Sum;
   constexpr int lanes = kLanes<Sum>;
   constexpr int tall = std::min(8, FUSEDRNN_ACCUMULATORS / kAcrossVectors);
   constexpr int most = std::min(F::kMostRows < 6 ? F::kMostRows : tall, lanes);
   Vec<Sum> sums[kAcrossVectors][lanes] = {};
-  product<F, kAcrossVectors, most>(
-      Range{0, valid}, Range{0, 1}, [&](int64_t unit) { return weights + unit * k; }, 1, packed, 0,
-      k,
-      [&]<int R, int NV>(const Tile<Sum, R, NV>& tile, int64_t unit, int64_t)
-          __attribute__((always_inline)) {
+  for (const auto* term = terms; term < terms + count; ++term) {
+    product<F, kAcrossVectors, most>(
+        Range{0, valid}, Range{0, 1}, [&](int64_t unit) { return term->weights + unit * term->k; },
+        1, term->packed, 0, term->k,
+        [&]<int R, int NV>(const Tile<Sum, R, NV>& tile, int64_t unit, int64_t)
+            __attribute__((always_inline)) {
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
+              for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-              for (int v = 0; v < kAcrossVectors; ++v) sums[v][unit + r] = tile.sum[r][v];
-            }
-          });
+                for (int v = 0; v < kAcrossVectors; ++v) sums[v][unit + r] += tile.sum[r][v];
+              }
+            });
+  }
   for (int v = 0; v < kAcrossVectors; ++v) {
     transpose<Sum>(sums[v]);
     for (int r = 0; r < lanes; ++r) store(to + (v * lanes + r) * lanes, sums[v][r]);
@@ -61,9 +71,9 @@ __attribute__((noinline)) void across_panel(typename F::Sum* to, const typename 
 }
 
 // As product_by_unit, from rows that pack_across has packed.
-template <int Gates, class F, class Epilogue>
-FUSEDRNN_HD void product_across(Range rows, Range panels, const typename F::Word* packed,
-                                const typename F::Word* weights, int64_t units, int64_t k,
+template <int Gates, class F, int Count, class Epilogue>
+FUSEDRNN_HD void product_across(Range rows, Range panels, int64_t units,
+                                const PackedTerm<typename F::Word> (&terms)[Count],
                                 Epilogue epilogue) {
   using P = UnitPanel<Gates>;
   using Sum = typename F::Sum;
@@ -74,8 +84,13 @@ FUSEDRNN_HD void product_across(Range rows, Range panels, const typename F::Word
       for (int v = 0; v < P::vectors; ++v) {
         const int64_t unit = (panel * P::blocks + v / Gates) * lanes;
         const int64_t valid = std::clamp<int64_t>(units - unit, 0, lanes);
-        const auto* w = weights + ((v % Gates) * units + std::min(unit, units)) * k;
-        across_panel<F>(totals[v], packed + (row - rows.begin) * k, w, k, valid);
+        const int64_t first = (v % Gates) * units + std::min(unit, units);
+        PackedTerm<typename F::Word> here[Count];
+        for (int i = 0; i < Count; ++i) {
+          here[i] = {terms[i].packed + (row - rows.begin) * terms[i].k,
+                     terms[i].weights + first * terms[i].k, terms[i].k};
+        }
+        across_panel<F>(totals[v], here, Count, valid);
       }
       for (int64_t r = 0; r < width && row + r < rows.end; ++r) {
         Tile<Sum, 1, P::vectors> tile;
@@ -95,20 +110,28 @@ constexpr int64_t rows_across(int64_t rows) {
   return rest * 8 > width * 5 ? rows : rows - rest;
 }
 
-// Products by panels of units from weights as they lie. `scratch` holds kMostAcross rows, filled up
-// to whole panels, or is null: then all rows are taken one by one.
-template <int Gates, class F, class RowAt, class Epilogue>
-FUSEDRNN_HD void product_unpacked(Range rows, Range panels, RowAt row_at,
-                                  const typename F::Word* weights, int64_t units, int64_t k,
-                                  typename F::Word* scratch, Epilogue epilogue) {
-  const int64_t end =
-      rows.begin + (scratch == nullptr ? 0 : rows_across<typename F::Word>(rows.size()));
+// The sum of all terms by panels of units, from weights as they lie. `scratch` holds kMostAcross
+// rows of each term, filled up to whole panels, or is null: then all rows are taken one by one.
+template <int Gates, class F, class Epilogue, class... RowAt>
+FUSEDRNN_HD void product_unpacked(Range rows, Range panels, int64_t units,
+                                  typename F::Word* scratch, Epilogue epilogue,
+                                  const Term<typename F::Word, RowAt>&... terms) {
+  using Word = typename F::Word;
+  constexpr int64_t width = kAcrossVectors * kLanes<Word>;
+  const int64_t end = rows.begin + (scratch == nullptr ? 0 : rows_across<Word>(rows.size()));
   for (int64_t first = rows.begin; first < end; first += kMostAcross) {
     const Range some = {first, std::min(first + kMostAcross, end)};
-    pack_across(scratch, some, k, row_at);
-    product_across<Gates, F>(some, panels, scratch, weights, units, k, epilogue);
+    Word* to = scratch;
+    const auto packed = [&](const auto& term) {
+      const PackedTerm<Word> done = {to, term.weights, term.k};
+      pack_across(to, some, term.k, term.row_at);
+      to += (some.size() + width - 1) / width * width * term.k;
+      return done;
+    };
+    const PackedTerm<Word> all[] = {packed(terms)...};
+    product_across<Gates, F>(some, panels, units, all, epilogue);
   }
-  product_by_unit<Gates, F>(Range{end, rows.end}, panels, row_at, weights, units, k, epilogue);
+  product_by_unit<Gates, F>(Range{end, rows.end}, panels, units, epilogue, terms...);
 }
 
 FUSEDRNN_ISA_END

@@ -35,7 +35,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   const int64_t gates_width = saved_blocks(layer.cell) * hidden;
   const int64_t saved = layer.saved_width(), stride = row_stride<S>(gates_width);
   const int64_t input_gates = gate_blocks(layer.cell) * whole_panels(hidden);
-  const Workload work = workload_of(layer, storage.view, 1);
+  const Workload work = workload_of(layer, storage.view, save ? 3 : 1);
   const std::vector<int64_t> bounds = chunk_bounds(storage.view, work);
   const int64_t most_rows = chunk_rows(storage.view, bounds);
   const int threads = most_threads(work, storage.view, bounds);
@@ -106,7 +106,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   }
   if (!worth_packing(work) && most_rows >= kLeastAcross) {
     args.across_stride = whole_panels(std::min(most_rows, kMostAcross)) *
-                         words_of<E>(std::max({sizes.input, sizes.hidden, sizes.output}));
+                         words_of<E>(std::max(sizes.input + sizes.output, sizes.hidden));
     scratch.want(&args.across, threads * args.across_stride);
   }
   if (threads > 1) {

@@ -35,6 +35,8 @@ class ForwardChunk {
                                             : own_panels_),
         packs_on_the_way_(d_.packed.input != nullptr && d_.chunk.first && d_.chunk.last &&
                           slot.groups == 1),
+        // The GRU's n scales the half that comes from h: it stays apart.
+        joins_input_(kExact && kCell != Cell::kGru && across_ != nullptr && schedule_.steps == 1),
         own_rows_(own_rows(schedule_, d_.chunk, slot)),
         first_row_(schedule_.row0[d_.chunk.begin]) {}
 
@@ -58,6 +60,7 @@ class ForwardChunk {
 
   // A group projects the rows that it walks: no other core reads their gates.
   void project() const {
+    if (joins_input_) return;
     const int64_t rows = group_rows_ == nullptr
                              ? schedule_.row0[d_.chunk.end] - first_row_
                              : find_chunk_rows(schedule_, d_.chunk, own_rows_, group_rows_);
@@ -178,8 +181,8 @@ class ForwardChunk {
     };
     if constexpr (!std::is_same_v<F, Int8>) {  // 8-bit weights are frozen ones, and packed
       if (packed == nullptr) {
-        return product_unpacked<Gates, F>(rows, panels, left, weights, units, words, across_,
-                                          values);
+        return product_unpacked<Gates, F>(rows, panels, units, across_, values,
+                                          Term<Word, Left>{left, weights, words});
       }
     }
     product<F, vectors>(rows, panels, left, 1, packed, words * vectors * kLanes<S>, words, values,
@@ -226,7 +229,7 @@ class ForwardChunk {
       typename CellStep::Row row{};
       const int64_t chunk_row = row0 - first_row_ + b;
       S* gates = gates_ + chunk_row * d_.gates_stride;
-      row.gates = gates;
+      row.gates = joins_input_ ? d_.packed.bias : gates;
       if constexpr (kExact) {
         row.saved = gates;
       } else if (save_) {
@@ -308,9 +311,19 @@ class ForwardChunk {
         }
       });
     };
-    multiply_units<kGates>(mine, own_panels_, left_rows(mine, sizes_.output, h_prev),
-                           d_.packed.recurrent, d_.weights.w_hh, d_.packed.recurrent_scale,
-                           sizes_.hidden, sizes_.output, apply, turn_ != 0);
+    if (joins_input_) {
+      if constexpr (kExact) {
+        const auto x = [&](int64_t b) { return d_.x + io_row(schedule_, row0 + b) * sizes_.input; };
+        product_unpacked<kGates, F>(
+            mine, own_panels_, sizes_.hidden, across_, apply,
+            Term<S, decltype(x)>{x, d_.weights.w_ih, sizes_.input},
+            Term<S, decltype(h_prev)>{h_prev, d_.weights.w_hh, sizes_.output});
+      }
+    } else {
+      multiply_units<kGates>(mine, own_panels_, left_rows(mine, sizes_.output, h_prev),
+                             d_.packed.recurrent, d_.weights.w_hh, d_.packed.recurrent_scale,
+                             sizes_.hidden, sizes_.output, apply, turn_ != 0);
+    }
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {
         slot_.wait_parts();
@@ -384,6 +397,8 @@ class ForwardChunk {
   // Panels of W_ih that this thread reads just once share the last one's place: they never leave
   // its own cache.
   const bool packs_on_the_way_;
+  // A single step of many rows: one sum of both products, no projection before.
+  const bool joins_input_;
   const Range own_rows_;
   const int64_t first_row_;  // packed, of the chunk
   int turn_ = 0;

@@ -47,8 +47,8 @@ FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const W
                           int64_t a_step, const Word* strips, int64_t b_step, int64_t strip_size,
                           int64_t k) {
   // A loop of few multiplications at a turn loses a cycle of each to its branch, and to where the
-  // cache of decoded instructions happens to cut it.
-  constexpr int at_a_turn = Sets == 1 && R * Width * F::kParts <= 12 ? 2 : Sets;
+  // cache of decoded instructions happens to cut it. Not a single row's, which waits for weights.
+  constexpr int at_a_turn = Sets == 1 && R > 1 && R * Width * F::kParts <= 12 ? 2 : Sets;
   constexpr int lanes = kLanes<Word>;
   using Sums = Vec<typename F::Sum>[R][Width];
   Sums sum[Sets] = {};

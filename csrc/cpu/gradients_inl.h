@@ -228,32 +228,45 @@ class ChunkGradients {
     const E* x = x_at(0);
     const E* h = previous_state(d_.chunk.begin, 0);
     const Range mine = own(blocks_.count * units);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-      const int block = static_cast<int>(i / units);
-      const int64_t unit = i % units;
-      const S dgate = value_of(d_.dgates[block * hidden_ + unit]);
+    for (int block = 0; block < blocks_.count; ++block) {
+      const Range some = {std::max(mine.begin - block * units, int64_t{0}),
+                          std::min(mine.end - block * units, units)};
+      const E* dgates = d_.dgates + block * hidden_;
       const auto put = [&](int gate, S* dw, uint16_t* half, S* db, const E* v, int64_t n) {
         if (gate < 0) return;
-        const int64_t row = gate * units + unit;
-        if (half != nullptr) put_multiple(half + row * n, v, n, dgate);
-        if (dw != nullptr) put_multiple(dw + row * n, v, n, dgate);
-        if (db != nullptr) db[row] = dgate;
+        const int64_t row0 = gate * units;
+        if (half != nullptr) put_multiples(half + row0 * n, some, v, n, dgates);
+        if (dw != nullptr) put_multiples(dw + row0 * n, some, v, n, dgates);
+        for (int64_t i = some.begin; db != nullptr && i < some.end; ++i) {
+          db[row0 + i] = value_of(dgates[i]);
+        }
       };
       put(blocks_.input_gate[block], d_.dw_ih, d_.dw_ih_half, d_.db_ih, x, sizes_.input);
       put(blocks_.hidden_gate[block], d_.dw_hh, d_.dw_hh_half, d_.db_hh, h, sizes_.output);
     }
   }
 
-  // v null: zeros.
+  // Rows `rows` of n values of `to` = v times each one's factor. v null: zeros.
   template <class T>
-  static void put_multiple(T* to, const E* v, int64_t n, S factor) {
-    for (int64_t i = 0; i < n; i += kLanes<S>) {
-      const Vec<S> value = (v == nullptr ? Vec<S>{} : read(v + i, n - i)) * factor;
+  static void put_multiples(T* to, Range rows, const E* v, int64_t n, const E* factors) {
+    constexpr int lanes = kLanes<S>;
+    const auto put = [&](T* at, Vec<S> value, int64_t valid) __attribute__((always_inline)) {
       if constexpr (std::is_same_v<T, S>) {
-        store(to + i, value, n - i);
+        store(at, value, valid);
       } else if constexpr (std::is_same_v<S, float>) {
-        Bf16::store_half(to + i, value, n - i);
+        Bf16::store_half(at, value, valid);
       }
+    };
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      T* at = to + row * n;
+      if (v == nullptr) {
+        std::fill(at, at + n, T(0));
+        continue;
+      }
+      const Vec<S> factor = broadcast(value_of(factors[row]));
+      int64_t i = 0;
+      for (; i + lanes <= n; i += lanes) put(at + i, read(v + i) * factor, lanes);
+      if (i < n) put(at + i, read(v + i, n - i) * factor, n - i);
     }
   }
 

@@ -14,7 +14,7 @@ class Block {
  public:
   static constexpr size_t kKeptBytes = size_t{256} << 20;
   // malloc keeps smaller ones at hand by itself.
-  static constexpr size_t kLeastPooled = size_t{128} << 10;
+  static constexpr size_t kLeastPooled = size_t{32} << 10;
 
   explicit Block(size_t bytes);  // throws std::bad_alloc
   ~Block();

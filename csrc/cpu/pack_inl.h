@@ -103,6 +103,50 @@ FUSEDRNN_HD Tile<S, R, NV> scaled(const Tile<int32_t, R, NV>& tile, const Column
   return values;
 }
 
+// sums[r][first + l] = the products of row a[r] and row w[l] of weights, before their lanes are
+// added. A sum is that of `Sets` ones, which take the vectors of k in turns.
+template <class F, int R, int Group, int Sets, class Sums>
+FUSEDRNN_HD void multiply_weight_rows(Sums& sums, int first, const typename F::Word* const (&a)[R],
+                                      const typename F::Word* const (&w)[Group], int64_t k) {
+  constexpr int lanes = kLanes<typename F::Sum>;
+  Vec<typename F::Sum> sum[Sets][R][Group] = {};
+  const auto step = [&](auto& s, auto load_at) __attribute__((always_inline)) {
+    for_each_part<F>([&](auto part) __attribute__((always_inline)) {
+      const auto left_at = [&](int r) __attribute__((always_inline)) {
+        return F::template left<part>(load_at(a[r]));
+      };
+      decltype(left_at(0)) left[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) left[r] = left_at(r);
+#pragma GCC unroll 16
+      for (int l = 0; l < Group; ++l) {
+        const auto right = F::template right<part>(load_at(w[l]));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) s[r][l] = F::add(s[r][l], left[r], right);
+      }
+    });
+  };
+  int64_t i = 0;
+  for (; i + Sets * lanes <= k; i += Sets * lanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < Sets; ++u) {
+      step(sum[u], [&](const auto* from) { return load(from + i + u * lanes); });
+    }
+  }
+  for (; i + lanes <= k; i += lanes) step(sum[0], [&](const auto* from) { return load(from + i); });
+  if (i < k) step(sum[0], [&](const auto* from) { return load(from + i, k - i); });
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int l = 0; l < Group; ++l) {
+      if constexpr (Sets == 1) sums[r][first + l] = sum[0][r][l];
+      if constexpr (Sets == 4) {
+        sums[r][first + l] = (sum[0][r][l] + sum[1][r][l]) + (sum[2][r][l] + sum[3][r][l]);
+      }
+    }
+  }
+}
+
 // How many rows of weights dot_rows takes at a time beside R other rows: a power of two.
 template <class Sum, int R>
 constexpr int weight_rows() {
@@ -110,6 +154,10 @@ constexpr int weight_rows() {
   while (rows * R > FUSEDRNN_ACCUMULATORS && rows > 1) rows /= 2;
   return rows;
 }
+
+// From so many vectors on a single row takes the weights' rows one after another: read from one end
+// to the other they come from the private cache up to 1.6 times as fast as several side by side.
+inline constexpr int kWorthOneByOne = 8;
 
 // to[r * to_stride + l] = the product of row a[r] and row l of weights, for `lanes` rows l, of
 // which `valid` exist (the others give 0); row-major, k words each. A function, not inlined: it
@@ -119,37 +167,20 @@ __attribute__((noinline)) void dot_rows(typename F::Sum* to, int64_t to_stride,
                                         const typename F::Word* const (&a)[R],
                                         const typename F::Word* weights, int64_t k, int64_t valid) {
   using Sum = typename F::Sum;
-  constexpr int lanes = kLanes<Sum>, group = weight_rows<Sum, R>();
+  constexpr int lanes = kLanes<Sum>;
   Vec<Sum> all[R][lanes];
-  for (int first = 0; first < lanes; first += group) {
-    const typename F::Word* w[group];
-    for (int l = 0; l < group; ++l) w[l] = weights + std::min<int64_t>(first + l, valid - 1) * k;
-    Vec<Sum> sums[R][group] = {};
-    int64_t i = 0;
-    const auto step = [&](auto load_at) __attribute__((always_inline)) {
-      for_each_part<F>([&](auto part) __attribute__((always_inline)) {
-        const auto left_at = [&](int r) __attribute__((always_inline)) {
-          return F::template left<part>(load_at(a[r] + i));
-        };
-        decltype(left_at(0)) left[R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) left[r] = left_at(r);
-#pragma GCC unroll 16
-        for (int l = 0; l < group; ++l) {
-          const auto right = F::template right<part>(load_at(w[l] + i));
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) sums[r][l] = F::add(sums[r][l], left[r], right);
-        }
-      });
-    };
-    for (; i + lanes <= k; i += lanes) step([](const auto* from) { return load(from); });
-    if (i < k) step([&](const auto* from) { return load(from, k - i); });
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-      for (int l = 0; l < group; ++l) all[r][first + l] = sums[r][l];
+  const auto in_groups = [&]<int Group, int Sets>() __attribute__((always_inline)) {
+    for (int first = 0; first < lanes; first += Group) {
+      const typename F::Word* w[Group];
+      for (int l = 0; l < Group; ++l) w[l] = weights + std::min<int64_t>(first + l, valid - 1) * k;
+      multiply_weight_rows<F, R, Group, Sets>(all, first, a, w, k);
     }
+  };
+  const bool one_by_one = R == 1 && k >= kWorthOneByOne * lanes;
+  if constexpr (R == 1) {
+    if (one_by_one) in_groups.template operator()<1, 4>();
   }
+  if (!one_by_one) in_groups.template operator()<weight_rows<Sum, R>(), 1>();
   for (int r = 0; r < R; ++r) {
     Vec<Sum> total = sums_of<Sum>(all[r]);
     for (int64_t l = valid; l < lanes; ++l) total[l] = 0;
@@ -157,38 +188,54 @@ __attribute__((noinline)) void dot_rows(typename F::Sum* to, int64_t to_stride,
   }
 }
 
-// The products of product() by panels of units, from weights as they lie, row-major (Gates * units,
-// k): for calls so short that packing would cost more than it saves.
-template <int Gates, class F, class RowAt, class Epilogue>
-FUSEDRNN_HD void product_by_unit(Range rows, Range panels, RowAt row_at,
-                                 const typename F::Word* weights, int64_t units, int64_t k,
-                                 Epilogue epilogue) {
+// A term of a sum of products: rows of k words, row_at(row) pointing to one, with rows of weights
+// of as many, row-major.
+template <class Word, class RowAt>
+struct Term {
+  RowAt row_at;
+  const Word* weights;
+  int64_t k;
+};
+
+// The sum of all terms by panels of units, as product()'s, from weights (Gates * units, k) as they
+// lie: for calls so short that packing would cost more than it saves.
+template <int Gates, class F, class Epilogue, class... RowAt>
+FUSEDRNN_HD void product_by_unit(Range rows, Range panels, int64_t units, Epilogue epilogue,
+                                 const Term<typename F::Word, RowAt>&... terms) {
   using P = UnitPanel<Gates>;
   using Sum = typename F::Sum;
-  constexpr int lanes = kLanes<Sum>, most = F::kMostRows;
+  constexpr int lanes = kLanes<Sum>, most = F::kMostRows, count = sizeof...(terms);
   const int64_t blocks = (rows.size() + most - 1) / most;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (int64_t block = 0; block < blocks; ++block) {
       const Range mine = share(rows.size(), block, blocks);
-      alignas(64) Sum totals[most][P::vectors * lanes];
+      alignas(64) Sum totals[count][most][P::vectors * lanes];
       with_height<most>(mine.size(), [&](auto height) {
         constexpr int R = decltype(height)::value;
-        const typename F::Word* a[R];
-        for (int r = 0; r < R; ++r) a[r] = row_at(rows.begin + mine.begin + r);
-        for (int v = 0; v < P::vectors; ++v) {
-          const int64_t unit = (panel * P::blocks + v / Gates) * lanes;
-          const int64_t valid = std::min<int64_t>(lanes, units - unit);
-          if (valid <= 0) {
-            for (int r = 0; r < R; ++r) store(totals[r] + v * lanes, Vec<Sum>{});
-            continue;
+        auto* to = totals;
+        const auto multiply = [&](const auto& term) __attribute__((always_inline)) {
+          const typename F::Word* a[R];
+          for (int r = 0; r < R; ++r) a[r] = term.row_at(rows.begin + mine.begin + r);
+          for (int v = 0; v < P::vectors; ++v) {
+            const int64_t unit = (panel * P::blocks + v / Gates) * lanes;
+            const int64_t valid = std::min<int64_t>(lanes, units - unit);
+            if (valid <= 0) {
+              for (int r = 0; r < R; ++r) store((*to)[r] + v * lanes, Vec<Sum>{});
+              continue;
+            }
+            dot_rows<F, R>((*to)[0] + v * lanes, P::vectors * lanes, a,
+                           term.weights + ((v % Gates) * units + unit) * term.k, term.k, valid);
           }
-          dot_rows<F, R>(totals[0] + v * lanes, P::vectors * lanes, a,
-                         weights + ((v % Gates) * units + unit) * k, k, valid);
-        }
+          ++to;
+        };
+        (multiply(terms), ...);
       });
       for (int64_t r = 0; r < mine.size(); ++r) {
         Tile<Sum, 1, P::vectors> tile;
-        for (int v = 0; v < P::vectors; ++v) tile.sum[0][v] = load(totals[r] + v * lanes);
+        for (int v = 0; v < P::vectors; ++v) {
+          tile.sum[0][v] = load(totals[0][r] + v * lanes);
+          for (int i = 1; i < count; ++i) tile.sum[0][v] += load(totals[i][r] + v * lanes);
+        }
         epilogue(tile, rows.begin + mine.begin + r, panel);
       }
     }
@@ -206,33 +253,32 @@ struct BlockRows {
   int64_t units, units_padded, columns;
 };
 
-// to[r] (a vector each of kChunkVectors) = the sum over all blocks and units of a[r]'s value times
-// the weight's row there, from `column` on: the product of few rows by column, from weights as they
-// lie.
-template <class S, class E, int R>
+// to[r] (Vectors of them) = the sum over all blocks and units of a[r]'s value times the weight's
+// row there, from `column` on: the product of few rows by column, from weights as they lie.
+template <class S, class E, int R, int Vectors>
 __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
                                                const BlockRows<E>& rows, int64_t column) {
-  constexpr int lanes = kLanes<S>, vectors = kChunkVectors;
+  constexpr int lanes = kLanes<S>;
   constexpr int64_t line = 64 / sizeof(E);
-  // Rows lie far apart: no prefetcher follows.
-  constexpr int64_t ahead = 12;
+  // Narrow pieces of rows lie far apart: no prefetcher follows.
+  constexpr int64_t ahead = Vectors == kChunkVectors ? 12 : 0;
   const int64_t valid = rows.columns - column;
   const int64_t stride = values_apart<FormatOf<E>>(rows.columns);
   // Two loops: in one with both ways to read, g++ 12 keeps the sums in memory.
   const auto sum = [&](auto whole) __attribute__((always_inline)) {
-    Vec<S> sums[R][vectors] = {};
+    Vec<S> sums[R][Vectors] = {};
     for (int i = 0; i < rows.blocks; ++i) {
       const E* w = rows.weight + rows.gates[i] * rows.units * stride + column;
       for (int64_t unit = 0; unit < rows.units; ++unit, w += stride) {
         const int64_t at = i * rows.units_padded + unit;
-        if constexpr (whole) {
-#pragma GCC unroll 4
-          for (int64_t c = 0; c < vectors * lanes; c += line) {
+        if constexpr (whole && ahead > 0) {
+#pragma GCC unroll 16
+          for (int64_t c = 0; c < Vectors * lanes; c += line) {
             fetch_to_read(w + ahead * stride + c);
           }
         }
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
+#pragma GCC unroll 16
+        for (int v = 0; v < Vectors; ++v) {
           const E* from = w + v * lanes;
           const Vec<S> right = whole ? read(from) : read(from, valid - v * lanes);
 #pragma GCC unroll 8
@@ -241,15 +287,19 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
       }
     }
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < vectors; ++v) store(to + (r * vectors + v) * lanes, sums[r][v]);
+      for (int v = 0; v < Vectors; ++v) store(to + (r * Vectors + v) * lanes, sums[r][v]);
     }
   };
-  if (valid >= vectors * lanes) {
+  if (valid >= Vectors * lanes) {
     sum(std::true_type{});
   } else {
     sum(std::false_type{});
   }
 }
+
+// Panels that a single row takes at once: the more of a weight's row it reads in one go, the faster
+// that comes.
+inline constexpr int kPanelsOfOne = 4;
 
 // f(row, column, vector) for every vector of those sums that begins within the columns, for `rows`,
 // row_at(row) pointing to a row of gradients, and `panels` of kChunkVectors.
@@ -258,24 +308,41 @@ void product_by_column(Range rows, Range panels, RowAt row_at, const BlockRows<E
                        Visit f) {
   constexpr int lanes = kLanes<S>, most = std::min(4, FUSEDRNN_ACCUMULATORS / kChunkVectors);
   constexpr int64_t width = kChunkVectors * lanes;
+  alignas(64) S sums[std::max(most, kPanelsOfOne) * width];
+  // Rows from `first` on, R of them, and as many panels from `panel` on.
+  const auto visit = [&]<int R, int Panels>(int64_t first, int64_t panel) {
+    constexpr int vectors = Panels * kChunkVectors;
+    const E* a[R];
+    for (int r = 0; r < R; ++r) a[r] = row_at(first + r);
+    sum_weight_rows<S, E, R, vectors>(sums, a, weight, panel * width);
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t column = panel * width + v * lanes;
+        if (column >= weight.columns) break;
+        f(first + r, column, load(sums + (r * vectors + v) * lanes));
+      }
+    }
+  };
+  if (rows.size() == 1) {
+    int64_t panel = panels.begin;
+    while (panel < panels.end) {
+      // The last one, if not whole, by itself: it is read through masks.
+      const int64_t whole = std::min(panels.end, weight.columns / width) - panel;
+      const int64_t some = std::clamp<int64_t>(whole, 1, kPanelsOfOne);
+      with_height<kPanelsOfOne>(some, [&](auto count) {
+        visit.template operator()<1, decltype(count)::value>(rows.begin, panel);
+      });
+      panel += some;
+    }
+    return;
+  }
   const int64_t blocks = (rows.size() + most - 1) / most;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (int64_t block = 0; block < blocks; ++block) {
       const Range mine = share(rows.size(), block, blocks);
-      alignas(64) S sums[most * width];
       with_height<most>(mine.size(), [&](auto height) {
-        constexpr int R = decltype(height)::value;
-        const E* a[R];
-        for (int r = 0; r < R; ++r) a[r] = row_at(rows.begin + mine.begin + r);
-        sum_weight_rows<S, E, R>(sums, a, weight, panel * width);
+        visit.template operator()<decltype(height)::value, 1>(rows.begin + mine.begin, panel);
       });
-      for (int64_t r = 0; r < mine.size(); ++r) {
-        for (int v = 0; v < kChunkVectors; ++v) {
-          const int64_t column = panel * width + v * lanes;
-          if (column >= weight.columns) break;
-          f(rows.begin + mine.begin + r, column, load(sums + r * width + v * lanes));
-        }
-      }
     }
   }
 }

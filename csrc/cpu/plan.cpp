@@ -65,7 +65,10 @@ Plan plan_team(const Workload& work, int threads) {
   threads = std::min(threads, kMaxThreads);
   const Sizes& s = work.sizes;
   const double recurrent = static_cast<double>(gate_blocks(work.cell)) * s.hidden * s.output;
-  const bool leaves_cache = weights_of(work) * work.weight_size > private_cache();
+  // A training step's weights and their gradients leave it at half the size, and take a part of it
+  // from all else.
+  const double footprint = weights_of(work) * work.weight_size * (work.products > 1 ? 8. / 3 : 1);
+  const bool leaves_cache = footprint > private_cache();
   if (threads <= 1 || multiplications(work) < (leaves_cache ? kWorthTwoCaches : kWorthATeam)) {
     return plan;
   }

@@ -209,8 +209,8 @@ void check(const Case& c, const KernelTable<double>& table) {
   const int64_t steps = p.steps(), chunks = (steps + c.chunk - 1) / c.chunk;
   const auto whole = [](int64_t columns) { return (columns + 63) / 64 * 64; };
   const std::vector<int64_t> at = state_rows(c);
-  const Schedule schedule = {steps, c.batch, p.rows.data(), p.row0.data(), nullptr, nullptr,
-                             at.data()};
+  const Schedule schedule = {steps,   c.batch, p.rows.data(), p.row0.data(),
+                             nullptr, nullptr, at.data()};
   const Weights<double> weights = {p.w_ih.data(), p.w_hh.data(), p.b_ih.data(), p.b_hh.data(),
                                    p.sizes.projected ? p.w_hr.data() : nullptr};
   const uint8_t* reset = p.reset.empty() ? nullptr : p.reset.data();
@@ -235,7 +235,7 @@ void check(const Case& c, const KernelTable<double>& table) {
   Values across;
   if (pairs < 12 || steps == 1) {
     f.packed.input = f.packed.recurrent = f.packed.projection = nullptr;
-    forward.across_stride = whole(pairs) * std::max({c.input, H, P});
+    forward.across_stride = whole(pairs) * std::max(c.input + P, H);
     across.resize(c.plan.threads() * forward.across_stride);
     forward.across = across.data();
   }
