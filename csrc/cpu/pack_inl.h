@@ -155,9 +155,12 @@ constexpr int weight_rows() {
   return rows;
 }
 
-// From so many vectors on a single row takes the weights' rows one after another: read from one end
-// to the other they come from the private cache up to 1.6 times as fast as several side by side.
+// From so many vectors on a single row takes the weights' rows one after another, where a vector is
+// a line: read from one end to the other they come from the private cache up to 1.6 times as fast
+// as several side by side. Narrower vectors would take as many loads again for the row's own
+// values.
 inline constexpr int kWorthOneByOne = 8;
+inline constexpr bool kTakesOneByOne = sizeof(Vec<float>) == 64;
 
 // to[r * to_stride + l] = the product of row a[r] and row l of weights, for `lanes` rows l, of
 // which `valid` exist (the others give 0); row-major, k words each. A function, not inlined: it
@@ -176,8 +179,9 @@ __attribute__((noinline)) void dot_rows(typename F::Sum* to, int64_t to_stride,
       multiply_weight_rows<F, R, Group, Sets>(all, first, a, w, k);
     }
   };
-  const bool one_by_one = R == 1 && k >= kWorthOneByOne * lanes;
-  if constexpr (R == 1) {
+  constexpr bool may = R == 1 && kTakesOneByOne;
+  const bool one_by_one = may && k >= kWorthOneByOne * lanes;
+  if constexpr (may) {
     if (one_by_one) in_groups.template operator()<1, 4>();
   }
   if (!one_by_one) in_groups.template operator()<weight_rows<Sum, R>(), 1>();
