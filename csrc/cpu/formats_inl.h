@@ -12,8 +12,8 @@
 
 FUSEDRNN_ISA_BEGIN
 
-// Rows of a tall tile.
-inline constexpr int kTallRows = 6;
+// Rows of a tall tile, and of one so narrow that the registers hold more.
+inline constexpr int kTallRows = 6, kTallestRows = 8;
 
 // Of a format whose words are multiplied as they are.
 template <class W>
@@ -33,7 +33,7 @@ template <class S>
 struct Exact : WholeWords<S> {
   using Word = S;
   using Sum = S;
-  static constexpr int kMostRows = sizeof(S) == 8 ? 3 : kTallRows;
+  static constexpr int kMostRows = sizeof(S) == 8 ? 3 : kTallestRows;
   static FUSEDRNN_HD Vec<S> add(Vec<S> sum, Vec<S> left, Vec<S> right) {
     return sum + left * right;
   }

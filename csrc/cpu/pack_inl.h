@@ -208,7 +208,8 @@ FUSEDRNN_HD void product_by_unit(Range rows, Range panels, int64_t units, Epilog
                                  const Term<typename F::Word, RowAt>&... terms) {
   using P = UnitPanel<Gates>;
   using Sum = typename F::Sum;
-  constexpr int lanes = kLanes<Sum>, most = F::kMostRows, count = sizeof...(terms);
+  constexpr int lanes = kLanes<Sum>, most = std::min(F::kMostRows, kTallRows),
+                count = sizeof...(terms);
   const int64_t blocks = (rows.size() + most - 1) / most;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (int64_t block = 0; block < blocks; ++block) {
