@@ -9,30 +9,49 @@ namespace {
 
 constexpr char kVariable[] = "FUSEDRNN_CUDA_STRATEGY";
 
-bool runs_in_one_cta(const Sizes& sizes, at::ScalarType dtype) {
-  return sizes.hidden <= kOneCtaUnits && !sizes.projected && dtype != at::kDouble;
+bool is_half_precision(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+// Why a strategy cannot run the layer; empty where it can.
+std::string refusal(Strategy strategy, const Sizes& sizes, at::ScalarType dtype) {
+  if (strategy == Strategy::kPerStep) return "";
+  const bool one_cta = strategy == Strategy::kOneCta;
+  const int64_t most = one_cta ? kOneCtaUnits : kPersistentUnits;
+  const bool fits_dtype = one_cta ? dtype != at::kDouble : is_half_precision(dtype);
+  if (sizes.hidden <= most && !sizes.projected && fits_dtype) return "";
+  return c10::str(name_of(strategy), " needs hidden_size <= ", most, ", no proj_size and ",
+                  one_cta ? "a dtype other than float64" : "bfloat16 or float16",
+                  ", got hidden_size ", sizes.hidden, sizes.projected ? " with proj_size, " : ", ",
+                  dtype);
 }
 
 }  // namespace
 
 const char* name_of(Strategy strategy) {
-  return strategy == Strategy::kOneCta ? "one_cta" : "per_step";
+  switch (strategy) {
+    case Strategy::kOneCta:
+      return "one_cta";
+    case Strategy::kPersistent:
+      return "persistent";
+    default:
+      return "per_step";
+  }
 }
 
 Strategy strategy_of(const Sizes& sizes, at::ScalarType dtype) {
   const char* variable = std::getenv(kVariable);
   const std::string wanted = variable == nullptr ? "" : variable;
-  // one_cta waits for a GPU that has timed it.
-  if (wanted.empty() || wanted == "auto" || wanted == name_of(Strategy::kPerStep)) {
-    return Strategy::kPerStep;
+  // one_cta and persistent wait for a GPU that has timed them.
+  if (wanted.empty() || wanted == "auto") return Strategy::kPerStep;
+  for (const Strategy strategy : {Strategy::kPerStep, Strategy::kOneCta, Strategy::kPersistent}) {
+    if (wanted != name_of(strategy)) continue;
+    const std::string why = refusal(strategy, sizes, dtype);
+    TORCH_CHECK_VALUE(why.empty(), kVariable, ": ", why);
+    return strategy;
   }
-  TORCH_CHECK_VALUE(wanted == name_of(Strategy::kOneCta), kVariable,
-                    ": expected auto, per_step or one_cta, got ", wanted);
-  TORCH_CHECK_VALUE(runs_in_one_cta(sizes, dtype), kVariable,
-                    ": one_cta needs hidden_size <= ", kOneCtaUnits,
-                    ", no proj_size and a dtype other than float64, got hidden_size ", sizes.hidden,
-                    sizes.projected ? " with proj_size, " : ", ", dtype);
-  return Strategy::kOneCta;
+  TORCH_CHECK_VALUE(false, kVariable, ": expected auto, per_step, one_cta or persistent, got ",
+                    wanted);
 }
 
 }  // namespace fusedrnn

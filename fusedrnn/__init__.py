@@ -50,9 +50,12 @@ def cuda_strategy(module: RNN | LSTM | GRU, dtype: torch.dtype | None = None) ->
 
     ``"per_step"``: a matrix product and a kernel for every step. ``"one_cta"``: one kernel for up
     to 256 steps, whose thread blocks each keep all of W_hh and a row or two of the batch; it needs
-    ``hidden_size <= 128``, no ``proj_size`` and another dtype than float64. ``dtype`` is what the
-    module computes in, if not its parameters' own (under autocast). On a machine without a GPU this
-    tells what one would do.
+    ``hidden_size <= 128``, no ``proj_size`` and another dtype than float64. ``"persistent"``: one
+    kernel for up to 256 steps, whose thread blocks keep W_hh together and exchange the state at
+    each step; it needs ``hidden_size <= 1024``, no ``proj_size`` and bfloat16 or float16, and where
+    a GPU has too few multiprocessors for all blocks at a time, steps are taken one by one instead.
+    ``dtype`` is what the module computes in, if not its parameters' own (under autocast). On a
+    machine without a GPU this tells what one would do.
 
     The environment variable FUSEDRNN_CUDA_STRATEGY, read at every call, forces one of them;
     ``auto`` or nothing leaves the choice to fusedrnn. Raises ValueError, as the layers do then,

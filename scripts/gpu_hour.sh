@@ -98,7 +98,7 @@ else
         if command -v compute-sanitizer >/dev/null; then
             # torch's allocator would hide an access beyond a tensor inside its own blocks
             export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-            for strategy in per_step one_cta; do
+            for strategy in per_step one_cta persistent; do
                 for tool in memcheck racecheck; do
                     FUSEDRNN_CUDA_STRATEGY=$strategy \
                         step "$tool-$strategy" "$(limit sanitizer 60)" compute-sanitizer \

@@ -31,20 +31,38 @@ FORMS: dict[str, dict[str, Any]] = {
     "packed, one way, no states": {"lengths": (4, 4, 2, 1, 1), "packed": True, "states": False},
 }
 MODES = (*oracle.MODES, "LSTM projected")
-# A strategy, to be forced by conftest.py's fixture of that name, and a mode that it can run.
-WAYS = [("per_step", mode) for mode in MODES] + [("one_cta", mode) for mode in oracle.MODES]
-CASES = [
-    (*way, form, dtype)
-    for way in WAYS
-    for form in FORMS
-    for dtype in DTYPES
-    if way[0] == "per_step" or dtype != torch.float64
-]
-IDS = [" ".join([*way, form, str(dtype)[6:]]) for *way, form, dtype in CASES]
-# Decorators that call a test for each.
-each_way = pytest.mark.parametrize(("strategy", "mode"), WAYS, indirect=["strategy"])
-each_case = pytest.mark.parametrize(
-    ("strategy", "mode", "form", "dtype"), CASES, ids=IDS, indirect=["strategy"]
+# What a strategy, to be forced by conftest.py's fixture of that name, can run.
+DTYPES_OF = {
+    "per_step": DTYPES,
+    "one_cta": (torch.float32, torch.bfloat16, torch.float16),
+    "persistent": (torch.bfloat16, torch.float16),
+}
+MODES_OF = {"per_step": MODES, "one_cta": oracle.MODES, "persistent": oracle.MODES}
+
+
+def ways(*strategies: str) -> list[tuple[str, str, torch.dtype]]:
+    """A strategy, a mode and the first dtype that it can run."""
+    return [(s, mode, DTYPES_OF[s][0]) for s in strategies for mode in MODES_OF[s]]
+
+
+def each_of(cases: list[tuple[Any, ...]], *names: str) -> pytest.MarkDecorator:
+    """Decorates a test to be called for each of the cases, whose first is a strategy."""
+    ids = [" ".join(str(part).removeprefix("torch.") for part in case) for case in cases]
+    return pytest.mark.parametrize(("strategy", *names), cases, ids=ids, indirect=["strategy"])
+
+
+each_way = each_of(ways(*DTYPES_OF), "mode", "dtype")
+each_case = each_of(
+    [
+        (strategy, mode, form, dtype)
+        for strategy, dtypes in DTYPES_OF.items()
+        for mode in MODES_OF[strategy]
+        for form in FORMS
+        for dtype in dtypes
+    ],
+    "mode",
+    "form",
+    "dtype",
 )
 
 

@@ -44,12 +44,23 @@ def test_against_cudnn(strategy: str, mode: str, form: str, dtype: torch.dtype) 
 
 
 # Sums over many values, and more rows than a block has.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("strategy", "mode"), [w for w in cuda_cases.WAYS if w[0] == "one_cta"], indirect=["strategy"]
+SIZES = {
+    "one_cta": [(1, 128), (33, 65), (500, 64)],
+    "persistent": [(1, 256), (33, 200), (64, 512), (70, 650), (200, 1024)],
+}
+
+
+@cuda_cases.each_of(
+    [
+        (strategy, mode, dtype, *size)
+        for strategy, sizes in SIZES.items()
+        for mode in oracle.MODES
+        for dtype in cuda_cases.DTYPES_OF[strategy]
+        for size in sizes
+    ],
+    *("mode", "dtype", "batch", "hidden_size"),
 )
-@pytest.mark.parametrize(("batch", "hidden_size"), [(1, 128), (33, 65), (500, 64)])
-def test_sizes_of_one_cta(
+def test_sizes_of_kernels_that_take_many_steps(
     strategy: str, mode: str, dtype: torch.dtype, batch: int, hidden_size: int
 ) -> None:
     call = cuda_cases.Call(
@@ -68,9 +79,10 @@ def test_sizes_beyond_a_block(mode: str, dtype: torch.dtype, batch: int, hidden_
     cuda_cases.check(torch.ops.fusedrnn, call, "cuda")
 
 
-each_strategy = pytest.mark.parametrize("strategy", ["per_step", "one_cta"], indirect=True)
-SINGLE = [(s, d) for s in ("per_step", "one_cta") for d in cuda_cases.DTYPES]
-SINGLE.remove(("one_cta", torch.float64))
+each_strategy = cuda_cases.each_of([(s, d[0]) for s, d in cuda_cases.DTYPES_OF.items()], "dtype")
+each_dtype = cuda_cases.each_of(
+    [(s, dtype) for s, dtypes in cuda_cases.DTYPES_OF.items() for dtype in dtypes], "dtype"
+)
 
 
 def net(cell: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -86,11 +98,12 @@ def train(module: nn.Module, x: Tensor, **given: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
 @each_strategy
-def test_modules(strategy: str, cell: str) -> None:
+def test_modules(strategy: str, dtype: torch.dtype, cell: str) -> None:
     """A stack, both directions, batch_first, hx, PackedSequence: as torch.nn with cuDNN."""
-    theirs = getattr(nn, cell)(INPUT, HIDDEN, 2, bidirectional=True, batch_first=True).cuda()
+    theirs = getattr(nn, cell)(INPUT, HIDDEN, 2, bidirectional=True, batch_first=True)
+    theirs.to("cuda", dtype)
     exact, ours = oracle.twin(theirs, torch.float64).cuda(), oracle.twin(theirs).cuda()
-    x = torch.randn(B, T, INPUT, device="cuda")
+    x = torch.randn(B, T, INPUT, device="cuda", dtype=dtype)
     lengths = torch.tensor([T, 9, 9, 2, 1])
     pack = nn.utils.rnn.pack_padded_sequence
     for form in (lambda t: t, lambda t: pack(t, lengths, batch_first=True)):
@@ -104,7 +117,7 @@ def test_modules(strategy: str, cell: str) -> None:
         oracle.agree(*found, what=cell)
 
 
-@pytest.mark.parametrize(("strategy", "dtype"), SINGLE, ids=str, indirect=["strategy"])
+@each_dtype
 @pytest.mark.parametrize("cell", oracle.CELLS)
 def test_the_same_bits_at_every_run(strategy: str, cell: str, dtype: torch.dtype) -> None:
     module = net(cell, dtype, bidirectional=True)
@@ -115,10 +128,10 @@ def test_the_same_bits_at_every_run(strategy: str, cell: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
 @each_strategy
-def test_no_synchronisation(strategy: str, cell: str) -> None:
+def test_no_synchronisation(strategy: str, dtype: torch.dtype, cell: str) -> None:
     """Not in forward nor in backward, with lengths and resets that lie on the GPU."""
-    module = net(cell, num_layers=2, bidirectional=True)
-    x = torch.randn(T, B, INPUT, device="cuda")
+    module = net(cell, dtype, num_layers=2, bidirectional=True)
+    x = torch.randn(T, B, INPUT, device="cuda", dtype=dtype)
     lengths = torch.tensor([3, T, 0, 5, 1], device="cuda")
     reset = torch.rand(T, B, device="cuda") < 0.3
     right = train(module, x, lengths=lengths, reset=reset)  # the first call loads the kernels
@@ -130,9 +143,8 @@ def test_no_synchronisation(strategy: str, cell: str) -> None:
     assert oracle.same_bits(found, right)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", oracle.CELLS)
-@each_strategy
+@each_dtype
 def test_graph_of_forward(strategy: str, cell: str, dtype: torch.dtype) -> None:
     module = net(cell, dtype, bidirectional=True)
     x = torch.randn(T, B, INPUT, device="cuda", dtype=dtype)
@@ -151,10 +163,10 @@ def test_graph_of_forward(strategy: str, cell: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
 @each_strategy
-def test_graph_of_a_training_step(strategy: str, cell: str) -> None:
-    module = net(cell, num_layers=2)
+def test_graph_of_a_training_step(strategy: str, dtype: torch.dtype, cell: str) -> None:
+    module = net(cell, dtype, num_layers=2)
     plain = copy.deepcopy(module)
-    x = torch.randn(T, B, INPUT, device="cuda")
+    x = torch.randn(T, B, INPUT, device="cuda", dtype=dtype)
 
     def step(one: nn.Module) -> None:
         one.zero_grad(set_to_none=False)
@@ -190,10 +202,10 @@ def warm_up(work: Any) -> None:
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
 @each_strategy
-def test_the_current_stream(strategy: str, cell: str) -> None:
+def test_the_current_stream(strategy: str, dtype: torch.dtype, cell: str) -> None:
     """All work goes to a side stream, and waits for nothing but what that one waits for."""
-    module = net(cell, bidirectional=True)
-    x = torch.randn(T, B, INPUT, device="cuda")
+    module = net(cell, dtype, bidirectional=True)
+    x = torch.randn(T, B, INPUT, device="cuda", dtype=dtype)
     right = train(module, x)
     late = torch.full_like(x, float("nan"))
     stream = torch.cuda.Stream()
@@ -220,8 +232,9 @@ def test_another_device() -> None:
 
 
 @each_strategy
-def test_lengths_out_of_range_stand_for_the_nearest(strategy: str) -> None:
-    module, x = net("GRU", bidirectional=True), torch.randn(T, B, INPUT, device="cuda")
+def test_lengths_out_of_range_stand_for_the_nearest(strategy: str, dtype: torch.dtype) -> None:
+    module = net("GRU", dtype, bidirectional=True)
+    x = torch.randn(T, B, INPUT, device="cuda", dtype=dtype)
     wild = torch.tensor([-3, T + 1, 2**40, 2, 0], device="cuda")
     right = train(module, x, lengths=wild.clamp(0, T))
     assert oracle.same_bits(train(module, x, lengths=wild), right)
@@ -247,8 +260,8 @@ def test_higher_derivatives(mode: str) -> None:
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
 @each_strategy
-def test_compiled(strategy: str, cell: str) -> None:
-    module, x = net(cell), torch.randn(T, B, INPUT, device="cuda")
+def test_compiled(strategy: str, dtype: torch.dtype, cell: str) -> None:
+    module, x = net(cell, dtype), torch.randn(T, B, INPUT, device="cuda", dtype=dtype)
     right = train(module, x)
     found = train(torch.compile(module, fullgraph=True), x)
     assert oracle.same_bits(found[0], right[0])
@@ -266,7 +279,7 @@ def test_autocast(cell: str) -> None:
     assert (y.double() - other.double()).abs().max() <= 2**-6  # bfloat16 keeps 8 bits
 
 
-@each_strategy
+@pytest.mark.parametrize("strategy", cuda_cases.DTYPES_OF, indirect=True)
 def test_offsets_beyond_32_bits(strategy: str) -> None:
     """An output of more than 2^31 values ends as a call on its last steps alone does."""
     steps, batch, hidden_size = 2**15 + 3, 2**11, 32

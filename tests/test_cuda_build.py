@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import cuda_cases
 import fusedrnn
 import oracle
 from fusedrnn import _C
@@ -65,23 +66,38 @@ def test_shapes_on_a_gpu(cell: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["", "auto"], indirect=True)
 def test_the_strategy_that_is_chosen(strategy: str) -> None:
-    """No GPU has timed one_cta yet: it is on where it is asked for."""
+    """No GPU has timed the others yet: they are on where they are asked for."""
     for net in (fusedrnn.LSTM(3, 4), fusedrnn.GRU(3, 500), fusedrnn.LSTM(3, 4, proj_size=2)):
         assert fusedrnn.cuda_strategy(net) == "per_step"
 
 
-def test_a_strategy_that_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    largest, projected = fusedrnn.GRU(3, 128), fusedrnn.LSTM(3, 4, proj_size=2)
+@pytest.mark.parametrize(("strategy", "largest"), [("one_cta", 128), ("persistent", 1024)])
+def test_a_strategy_that_is_forced(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, largest: int
+) -> None:
+    fits, projected = fusedrnn.GRU(3, largest), fusedrnn.LSTM(3, 4, proj_size=2)
     monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", "per_step")
     assert fusedrnn.cuda_strategy(projected) == "per_step"
-    monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", "one_cta")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert fusedrnn.cuda_strategy(largest, dtype) == "one_cta"
-    for net, dtype in ((largest, torch.float64), (projected, None), (fusedrnn.RNN(3, 129), None)):
-        with pytest.raises(ValueError, match="FUSEDRNN_CUDA_STRATEGY: one_cta needs hidden_size"):
+    monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", strategy)
+    for dtype in cuda_cases.DTYPES_OF[strategy]:
+        assert fusedrnn.cuda_strategy(fits, dtype) == strategy
+    refused = set(cuda_cases.DTYPES) - set(cuda_cases.DTYPES_OF[strategy])
+    half = torch.bfloat16
+    for net, dtype in (
+        *((fits, dtype) for dtype in refused),
+        (projected, half),
+        (fusedrnn.RNN(3, largest + 1), half),
+    ):
+        with pytest.raises(ValueError, match=f"_STRATEGY: {strategy} needs hidden_size <= "):
             fusedrnn.cuda_strategy(net, dtype)
+
+
+def test_what_names_no_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = fusedrnn.GRU(3, 128)
     monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", "fastest")
-    with pytest.raises(ValueError, match="expected auto, per_step or one_cta, got fastest"):
-        fusedrnn.cuda_strategy(largest)
+    with pytest.raises(
+        ValueError, match="expected auto, per_step, one_cta or persistent, got fastest"
+    ):
+        fusedrnn.cuda_strategy(net)
     with pytest.raises(TypeError, match=r"module: expected fusedrnn\.RNN"):
         fusedrnn.cuda_strategy(torch.nn.LSTM(3, 4))

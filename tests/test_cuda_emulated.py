@@ -25,10 +25,8 @@ CXX = shutil.which("g++")
 FIBERS = Path("/usr/include/boost/context/fiber.hpp")
 SOURCE = ROOT / "tests" / "cuda_emulated" / "emulated.cpp"
 WHOLE = 64 << 20  # bytes of a part of time, as on a GPU
-ONE_CTA_WAYS = [("one_cta", mode) for mode in oracle.MODES]
-in_one_cta = pytest.mark.parametrize(
-    ("strategy", "mode"), ONE_CTA_WAYS, ids=oracle.MODES, indirect=["strategy"]
-)
+MANY_STEPS = ("one_cta", "persistent")  # strategies whose kernels take many
+each_of_many_steps = cuda_cases.each_of(cuda_cases.ways(*MANY_STEPS), "mode", "dtype")
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +76,7 @@ def test_against_torch_nn(
 
 @cuda_cases.each_way
 @pytest.mark.parametrize("states", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_step(ops: Any, strategy: str, mode: str, states: bool, dtype: torch.dtype) -> None:
+def test_one_step(ops: Any, strategy: str, mode: str, dtype: torch.dtype, states: bool) -> None:
     """The form without axes of steps and directions is the other one's."""
     ops.set_part_bytes(WHOLE)
     cuda_cases.check_one_step(ops, cuda_cases.Call(mode, dtype, steps=1, states=states))
@@ -88,9 +85,11 @@ def test_one_step(ops: Any, strategy: str, mode: str, states: bool, dtype: torch
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("form", ["bidirectional", "lengths and reset", "packed"])
 @cuda_cases.each_way
-def test_in_parts_of_time(ops: Any, strategy: str, mode: str, form: str, steps: int) -> None:
+def test_in_parts_of_time(
+    ops: Any, strategy: str, mode: str, dtype: torch.dtype, form: str, steps: int
+) -> None:
     """A sequence whose projection is too large for one product, in parts of 1 or about 4 steps."""
-    call = cuda_cases.Call(mode, torch.float32, **cuda_cases.FORMS[form])
+    call = cuda_cases.Call(mode, dtype, **cuda_cases.FORMS[form])
     gates = call.params[0].shape[0]
     ops.set_part_bytes(1 if steps == 1 else gates * 4 * cuda_cases.B * steps)
     try:
@@ -111,16 +110,17 @@ def test_sizes_beyond_a_block(ops: Any, mode: str, batch: int, hidden_size: int)
     cuda_cases.check(ops, call)
 
 
-# In half precision relu's kink turns roundings into errors: any kernel's, and torch.nn's.
-SMOOTH = [
-    (*way, dtype)
-    for way in ONE_CTA_WAYS
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if dtype == torch.float32 or way[1] != "RNN_RELU"
-]
+def smooth(strategy: str) -> list[tuple[str, str, torch.dtype]]:
+    """In half precision relu's kink turns roundings into errors: any kernel's, and torch.nn's."""
+    return [
+        (strategy, mode, dtype)
+        for mode in cuda_cases.MODES_OF[strategy]
+        for dtype in cuda_cases.DTYPES_OF[strategy]
+        if dtype == torch.float32 or mode != "RNN_RELU"
+    ]
 
 
-@pytest.mark.parametrize(("strategy", "mode", "dtype"), SMOOTH, indirect=["strategy"], ids=str)
+@cuda_cases.each_of(smooth("one_cta"), "mode", "dtype")
 @pytest.mark.parametrize(("batch", "hidden_size"), [(1, 64), (2, 1), (3, 65), (5, 128), (1, 97)])
 def test_sizes_of_one_cta(
     ops: Any, strategy: str, mode: str, dtype: torch.dtype, batch: int, hidden_size: int
@@ -132,13 +132,15 @@ def test_sizes_of_one_cta(
     cuda_cases.check(ops, call)
 
 
-@in_one_cta
+@each_of_many_steps
 @pytest.mark.parametrize("packed", [False, True], ids=["lengths", "packed"])
-def test_more_steps_than_a_kernel_takes(ops: Any, strategy: str, mode: str, packed: bool) -> None:
+def test_more_steps_than_a_kernel_takes(
+    ops: Any, strategy: str, mode: str, dtype: torch.dtype, packed: bool
+) -> None:
     """The state goes from one kernel to the next; some rows end in the first one."""
     call = cuda_cases.Call(
         mode,
-        torch.float32,
+        dtype,
         both=True,
         lengths=(520, 300, 256, 1),
         packed=packed,
@@ -150,8 +152,7 @@ def test_more_steps_than_a_kernel_takes(ops: Any, strategy: str, mode: str, pack
     cuda_cases.check(ops, call)
 
 
-@in_one_cta
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_of_many_steps
 @pytest.mark.parametrize("hidden_size", [20, 128])
 def test_any_order_of_threads(
     ops: Any, strategy: str, mode: str, dtype: torch.dtype, hidden_size: int
@@ -170,10 +171,12 @@ def test_any_order_of_threads(
         ops.set_turns(ascending)
 
 
-@in_one_cta
-def test_a_weight_that_is_not_aligned(ops: Any, strategy: str, mode: str) -> None:
+@each_of_many_steps
+def test_a_weight_that_is_not_aligned(
+    ops: Any, strategy: str, mode: str, dtype: torch.dtype
+) -> None:
     """The kernel loads 16 bytes at a time, a parameter may begin anywhere."""
-    call = cuda_cases.Call(mode, torch.bfloat16, hidden_size=64)
+    call = cuda_cases.Call(mode, dtype, hidden_size=64)
     right = cuda_cases.answer(ops, call)
     arguments = call.arguments()
 
@@ -190,14 +193,93 @@ def test_a_weight_that_is_not_aligned(ops: Any, strategy: str, mode: str) -> Non
     assert oracle.same_bits(cuda_cases.named(call, outputs, gradients), right)
 
 
-@pytest.mark.parametrize("strategy", ["one_cta"], indirect=True)
-def test_one_cta_refuses_what_it_cannot_run(ops: Any, strategy: str) -> None:
+@pytest.fixture
+def device(ops: Any) -> Iterator[Callable[..., None]]:
+    """Says how many blocks the emulated device holds at a time, and what else is odd about it."""
+    yield ops.set_device
+    ops.set_device(8)
+
+
+@cuda_cases.each_of(smooth("persistent"), "mode", "dtype")
+@pytest.mark.parametrize(
+    ("batch", "hidden_size", "blocks"),
+    [(1, 64, 2), (8, 65, 3), (9, 33, 8), (17, 40, 4), (20, 1, 1), (11, 130, 5)],
+    ids="{}".format,
+)
+def test_sizes_of_persistent(
+    ops: Any,
+    strategy: str,
+    mode: str,
+    dtype: torch.dtype,
+    batch: int,
+    hidden_size: int,
+    blocks: int,
+    device: Callable[..., None],
+) -> None:
+    """Blocks along rows and units, some partly empty, and a batch in one launch or several."""
+    device(blocks)
+    call = cuda_cases.Call(
+        mode, dtype, both=True, reset=True, batch=batch, hidden_size=hidden_size, steps=4
+    )
+    cuda_cases.check(ops, call)
+
+
+@pytest.mark.parametrize("strategy", ["persistent"], indirect=True)
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+@pytest.mark.parametrize("batch", [3, 16, 35])
+def test_the_persistent_kernels_for_many_units(
+    ops: Any, strategy: str, mode: str, batch: int, device: Callable[..., None]
+) -> None:
+    """Blocks of sixteen units, of 8, 16 and 32 rows; the last one in two launches."""
+    device(34)
+    call = cuda_cases.Call(mode, torch.bfloat16, batch=batch, hidden_size=530, steps=2)
+    cuda_cases.check(ops, call)
+
+
+@pytest.mark.parametrize("strategy", ["persistent"], indirect=True)
+def test_a_device_too_small_for_the_persistent_kernels(
+    ops: Any, strategy: str, device: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps one by one take their place."""
+    device(2)
+    call = cuda_cases.Call("GRU", torch.bfloat16, hidden_size=65, **cuda_cases.FORMS["reset"])
+    found = cuda_cases.answer(ops, call)
+    monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", "per_step")
+    assert oracle.same_bits(found, cuda_cases.answer(ops, call))
+
+
+@pytest.mark.parametrize("strategy", ["persistent"], indirect=True)
+def test_a_block_that_never_comes(ops: Any, strategy: str, device: Callable[..., None]) -> None:
+    """Waiting ends with an error, not never."""
+    call = cuda_cases.Call("LSTM", torch.bfloat16, hidden_size=40)
+    device(2, clock_rate=1000, lost=1)
+    with pytest.raises(RuntimeError, match="a block waited for the others for too long"):
+        ops.layer_forward(**call.arguments(), save=False)
+    device(2)
+    cuda_cases.check(ops, call)
+
+
+@cuda_cases.each_of(cuda_cases.ways("persistent"), "mode", "dtype")
+def test_a_nan_is_handed_on(ops: Any, strategy: str, mode: str, dtype: torch.dtype) -> None:
+    """It stays in its row; and its bits, those of memory that is not written yet, stop nobody."""
+    call = cuda_cases.Call(mode, dtype, hidden_size=40, batch=3)
+    arguments = call.arguments()
+    ones = torch.full_like(arguments["h0"], -1, dtype=torch.int16).view(dtype)
+    arguments["h0"][0, 1] = ones[0, 1]
+    y = ops.layer_forward(**arguments, save=False)[0]
+    assert y[:, 1].isnan().all()
+    assert not y[:, [0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("strategy", MANY_STEPS, indirect=True)
+def test_what_a_strategy_cannot_run(ops: Any, strategy: str) -> None:
+    dtype, most = cuda_cases.DTYPES_OF[strategy][0], {"one_cta": 128, "persistent": 1024}[strategy]
     for call in (
-        cuda_cases.Call("LSTM projected", torch.float32),
+        cuda_cases.Call("LSTM projected", dtype),
         cuda_cases.Call("GRU", torch.float64),
-        cuda_cases.Call("GRU", torch.float32, hidden_size=129),
+        cuda_cases.Call("GRU", dtype, hidden_size=most + 1, steps=1, batch=1),
     ):
-        with pytest.raises(ValueError, match="FUSEDRNN_CUDA_STRATEGY: one_cta needs hidden_size"):
+        with pytest.raises(ValueError, match=f"STRATEGY: {strategy} needs hidden_size <= {most}"):
             ops.layer_forward(**call.arguments(), save=True)
 
 
@@ -236,9 +318,9 @@ def like(outputs: Any) -> list[tuple[Any, ...]]:
 
 
 @cuda_cases.each_way
-def test_what_is_not_wanted(ops: Any, strategy: str, mode: str) -> None:
+def test_what_is_not_wanted(ops: Any, strategy: str, mode: str, dtype: torch.dtype) -> None:
     """Any one gradient alone is the same as among all; absent cotangents are zeros."""
-    call = cuda_cases.Call(mode, torch.float32, **cuda_cases.FORMS["lengths and reset"])
+    call = cuda_cases.Call(mode, dtype, **cuda_cases.FORMS["lengths and reset"])
     arguments, cotangents = call.arguments(), call.cotangents()
     outputs = ops.layer_forward(**arguments, save=True)
     saved = dict(zip(("y", "gates", "cells"), (outputs[i] for i in (0, 3, 4)), strict=True))
@@ -263,19 +345,21 @@ def test_what_is_not_wanted(ops: Any, strategy: str, mode: str) -> None:
 
 
 @cuda_cases.each_way
-def test_lengths_out_of_range_stand_for_the_nearest(ops: Any, strategy: str, mode: str) -> None:
+def test_lengths_out_of_range_stand_for_the_nearest(
+    ops: Any, strategy: str, mode: str, dtype: torch.dtype
+) -> None:
     steps = cuda_cases.T
     wild, tame = (-3, steps + 1, 2**40, 2, -(2**40)), (0, steps, steps, 2, 0)
-    call = cuda_cases.Call(mode, torch.float32, both=True, reset=True, lengths=tame)
+    call = cuda_cases.Call(mode, dtype, both=True, reset=True, lengths=tame)
     right = cuda_cases.answer(ops, call)
     call.lengths = torch.tensor(wild)
     assert oracle.same_bits(cuda_cases.answer(ops, call), right)
 
 
 @cuda_cases.each_way
-def test_any_layout(ops: Any, strategy: str, mode: str) -> None:
+def test_any_layout(ops: Any, strategy: str, mode: str, dtype: torch.dtype) -> None:
     """Inputs that are not contiguous, and gradients that are one value seen many times."""
-    call = cuda_cases.Call(mode, torch.float32, **cuda_cases.FORMS["lengths and reset"])
+    call = cuda_cases.Call(mode, dtype, **cuda_cases.FORMS["lengths and reset"])
     call.dy[:] = torch.where(call.valid.unsqueeze(-1), 0.25, 0.0)
     right = cuda_cases.answer(ops, call)
 
@@ -288,7 +372,7 @@ def test_any_layout(ops: Any, strategy: str, mode: str) -> None:
 
     arguments = {n: strided(t) for n, t in call.arguments().items()}
     rest = {n: strided(t) for n, t in call.cotangents().items()}
-    rest["dy"] = torch.tensor(0.25).expand(call.dy.shape)
+    rest["dy"] = torch.tensor(0.25, dtype=dtype).expand(call.dy.shape)
     outputs = ops.layer_forward(**arguments, save=True)
     rest |= zip(("y", "gates", "cells"), (strided(outputs[i]) for i in (0, 3, 4)), strict=True)
     gradients = ops.layer_backward(**arguments, **rest, output_mask=call.mask())
@@ -296,18 +380,18 @@ def test_any_layout(ops: Any, strategy: str, mode: str) -> None:
 
 
 @cuda_cases.each_way
-def test_nothing_to_do(ops: Any, strategy: str, mode: str) -> None:
+def test_nothing_to_do(ops: Any, strategy: str, mode: str, dtype: torch.dtype) -> None:
     """No rows at all, no inputs, and rows without a step, which hand everything through."""
-    empty = cuda_cases.Call(mode, torch.float32, both=True, batch=0, lengths=())
+    empty = cuda_cases.Call(mode, dtype, both=True, batch=0, lengths=())
     results = cuda_cases.answer(ops, empty)
     assert all(t is None or not t.any() for t in results.values())
-    cuda_cases.check(ops, cuda_cases.Call(mode, torch.float32, both=True, input_size=1, steps=1))
-    idle = cuda_cases.Call(mode, torch.float32, both=True, reset=True, lengths=(0,) * cuda_cases.B)
+    cuda_cases.check(ops, cuda_cases.Call(mode, dtype, both=True, input_size=1, steps=1))
+    idle = cuda_cases.Call(mode, dtype, both=True, reset=True, lengths=(0,) * cuda_cases.B)
     results = cuda_cases.answer(ops, idle)
     for name, state, cotangent in (("h", idle.h0, idle.dh_n), ("c", idle.c0, idle.dc_n)):
         if state is not None:
-            assert torch.equal(results[f"{name}_n"], state.float())
-            assert torch.equal(results[f"d{name}0"], cotangent.float())
+            assert torch.equal(results[f"{name}_n"], state.to(dtype))
+            assert torch.equal(results[f"d{name}0"], cotangent.to(dtype))
     assert all(not results[n].any() for n in results if n.startswith(("y", "dx", "dweight")))
 
 

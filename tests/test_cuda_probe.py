@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cuda_cases
 import fusedrnn
 from bench.cuda import probe_table, small_run
 from bench.shapes import Shape
@@ -100,7 +101,13 @@ def test_the_probes_lines_become_tables() -> None:
 
 def test_the_small_run_compares(monkeypatch, capsys) -> None:
     assert small_run.main("cpu") == 0
-    assert capsys.readouterr().out.count(": right") == 3 * 3 * 2
+    assert capsys.readouterr().out.count(": right") == 3 * 3 * 3
+    monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", "persistent")
+    assert small_run.main("cpu") == 0
+    out = capsys.readouterr().out
+    assert out.count(": right") == 3 * 2 * 3
+    assert out.count("float32 H=17: left out: FUSEDRNN_CUDA_STRATEGY: persistent needs") == 3
+    monkeypatch.delenv("FUSEDRNN_CUDA_STRATEGY")
     monkeypatch.setattr(small_run, "TOLERANCES", {"float32": 0.0})
     assert small_run.main("cpu") == 1
     assert "results are wrong" in capsys.readouterr().out
@@ -168,7 +175,7 @@ def test_no_step_stops_another(house: Path) -> None:
     assert code == 1
     assert summary["probe"].startswith("exit code 1 ")
     assert summary["cudnn"].startswith("exit code 124 "), "its time limit"
-    sanitizer = [f"{t}-{s}" for t in ("memcheck", "racecheck") for s in ("per_step", "one_cta")]
+    sanitizer = [f"{t}-{s}" for t in ("memcheck", "racecheck") for s in cuda_cases.DTYPES_OF]
     for name in ("machine", "build", "tests", *sanitizer, "compare"):
         assert summary[name].startswith("exit code 0 "), name
     asked = (house / "asked").read_text()

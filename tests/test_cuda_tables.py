@@ -190,12 +190,14 @@ def test_what_was_measured_is_written_where_it_is_stopped(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_both_take_their_turns(cell: str, mode: str) -> None:
-    case = Case(cell, Layers(), SMALL, "float32", mode)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_take_their_turns(cell: str, mode: str, dtype: str) -> None:
+    case = Case(cell, Layers(), SMALL, dtype, mode)
     row = compare.measured(case, timing.HostClock(), "cpu", 0.05)
-    assert list(row.seconds) == ["torch.nn", "fusedrnn", "one_cta"]
+    forced = ["one_cta"] if dtype == "float32" else ["one_cta", "persistent"]
+    assert list(row.seconds) == ["torch.nn", "fusedrnn", *forced]
     assert row.ratio > 0
-    assert list(row.forced) == ["one_cta"]
+    assert list(row.forced) == forced
     assert row.rounds >= timing.MIN_ROUNDS
     assert "us/step" in row.figure()
 

@@ -34,7 +34,7 @@ from .small_run import far
 from .timing import Clock, Events, in_turns
 
 VARIABLE = "FUSEDRNN_CUDA_STRATEGY"
-STRATEGIES = ("per_step", "one_cta")
+STRATEGIES = ("per_step", "one_cta", "persistent")
 # Of the largest value; sums of many steps in half precision differ by some roundings.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 6e-2, "float16": 1e-2}
 

@@ -8,25 +8,11 @@
 
 #include <cstdint>
 
-#include "isa_namespace.h"  // FUSEDRNN_HD
+#include "cuda/sentinel.h"
 
 namespace fusedrnn::probe {
 
-// Four words, the widest load.
-struct alignas(16) Piece {
-  uint32_t word[4];
-};
-
-// What memory holds where no word has been written: 0xFF everywhere, NaN in any float format.
-inline constexpr uint32_t kUnwritten = 0xFFFFFFFFu;
-
-// A word as it is published: one that reads as unwritten becomes another NaN.
-FUSEDRNN_HD uint32_t publishable(uint32_t word) { return word == kUnwritten ? 0x7FFF7FFFu : word; }
-
-FUSEDRNN_HD bool complete(const Piece& piece) {
-  return piece.word[0] != kUnwritten && piece.word[1] != kUnwritten &&
-         piece.word[2] != kUnwritten && piece.word[3] != kUnwritten;
-}
+using Piece = Words;
 
 // One thread's view of a step: its pieces are thread, thread + threads, ... of `pieces`.
 struct Place {
@@ -43,8 +29,7 @@ struct Place {
 // ---- the payload is the flag
 // ----------------------------------------------------------------------
 //
-// A buffer for all steps, each word written once, relaxed, over kUnwritten. There is no fence and
-// no counter, as nothing but the word itself is read on account of having seen it.
+// As cuda/sentinel.h has it.
 //
 // Port: store(step, word index, word), load(step, piece index), both relaxed word by word;
 // expired(), asked after each failed poll.
@@ -58,26 +43,13 @@ FUSEDRNN_HD void sentinel_publish(Port& port, const Place& at, uint32_t step, ui
 // This thread's pieces of the step, N at most; false where the time was up.
 template <int N, class Port>
 FUSEDRNN_HD bool sentinel_gather(Port& port, const Place& at, uint32_t step, Piece (&out)[N]) {
-  static_assert(N <= 32);
-  uint32_t missing = 0;  // bit k: out[k] has not all its words
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     out[k] = at.has(k) ? port.load(step, at.piece(k)) : Piece{};
   }
-#pragma unroll
-  for (int k = 0; k < N; ++k) missing |= complete(out[k]) ? 0u : 1u << k;
-  while (missing != 0) {
-    if (port.expired()) return false;
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (missing >> k & 1u) out[k] = port.load(step, at.piece(k));
-    }
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (complete(out[k])) missing &= ~(1u << k);
-    }
-  }
-  return true;
+  return await(
+      out, [&](int k) { return port.load(step, at.piece(k)); }, [&] { return port.expired(); },
+      [](bool mine) { return mine; });
 }
 
 // ---- a counter

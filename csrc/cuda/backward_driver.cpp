@@ -51,8 +51,8 @@ class BackwardRun {
         blocks_(gradient_blocks(layer.cell)),
         in_(in),
         out_(out),
-        strategy_(strategy_of(layer)),
-        walk_(layer, in.layer, most_steps(strategy_)),
+        how_(recurrence_of<PersistentBackward, E>(layer)),
+        walk_(layer, in.layer, most_steps(how_.strategy)),
         stream_(current_stream()),
         x_(in.layer.x.contiguous().reshape({layer.rows, layer.sizes.input})),
         h0_(dense(in.layer.h0)),
@@ -72,7 +72,10 @@ class BackwardRun {
     part_rows_ = most;
     dgates_ = at::empty({rows, width_}, kept);
     direct_ = at::empty({layer.batch, sizes_.output}, exact_);
-    if (strategy_ == Strategy::kPerStep) product_ = at::empty_like(direct_);
+    if (how_.strategy == Strategy::kPerStep) product_ = at::empty_like(direct_);
+    if (how_.strategy == Strategy::kPersistent) {
+      exchanged_ = exchange_memory(layer, x_, parts, blocks_.gates);
+    }
     if (has_cell_state(layer.cell)) dc_ = at::empty({layer.batch, sizes_.hidden}, exact_);
     if (sizes_.projected) {
       dh_ = at::empty({rows, sizes_.output}, kept);
@@ -176,17 +179,27 @@ class BackwardRun {
   // As the kernels of the strategy want it: its gates in the order of the hidden side.
   at::Tensor recurrent_weight(int d) const {
     const at::Tensor w_hh = hidden_order(param(d, 1));
-    if (strategy_ == Strategy::kPerStep) return w_hh;
+    if (how_.strategy == Strategy::kPerStep) return w_hh;
     const int64_t hidden = sizes_.hidden;
-    return one_cta_weight(w_hh.view({1, blocks_.gates, hidden, hidden}).permute({0, 3, 1, 2}));
+    return kept_weight(how_.strategy,
+                       w_hh.view({1, blocks_.gates, hidden, hidden}).permute({0, 3, 1, 2}));
   }
 
   // Takes how many rows product_ has; gives how many it has after the part.
   int64_t recur(int d, Steps part, const at::Tensor& w_hh, const at::Tensor& w_hr,
                 int64_t product_rows) const {
     if constexpr (!std::is_same_v<E, double>) {
-      if (strategy_ == Strategy::kOneCta) {
-        in_one_cta(d, part, w_hh);
+      if (how_.strategy == Strategy::kOneCta) {
+        OneCtaKernels<E>::backward(layer_.cell, whole(d, part, w_hh), stream_);
+        return 0;
+      }
+    }
+    if constexpr (sizeof(E) == 2) {
+      if (how_.strategy == Strategy::kPersistent) {
+        const PartBackward<E> p = whole(d, part, w_hh);
+        in_launches(how_, layer_.batch, exchanged_, part, [&](const Exchange& exchange) {
+          PersistentBackward<E>::run(layer_.cell, p, exchange, stream_);
+        });
         return 0;
       }
     }
@@ -221,11 +234,11 @@ class BackwardRun {
     return product_rows;
   }
 
-  void in_one_cta(int d, Steps part, const at::Tensor& w_hh) const {
-    const OneCtaBackward<E> p{
-        walk_.part(part, d == 1), sizes_.hidden, const_values_of<E>(w_hh), values_of<S>(direct_),
-        values_of<S>(dc_),        saved(d),      values_of<E>(dgates_),    values_of<E>(previous_)};
-    OneCtaKernels<E>::backward(layer_.cell, p, stream_);
+  // A part of time for one kernel.
+  PartBackward<E> whole(int d, Steps part, const at::Tensor& w_hh) const {
+    return {walk_.part(part, d == 1), sizes_.hidden,          const_values_of<E>(w_hh),
+            values_of<S>(direct_),    values_of<S>(dc_),      saved(d),
+            values_of<E>(dgates_),    values_of<E>(previous_)};
   }
 
   // A direction's columns.
@@ -308,7 +321,7 @@ class BackwardRun {
   const GradientBlocks blocks_;
   const BackwardInputs& in_;
   const BackwardResult& out_;
-  const Strategy strategy_;
+  const Recurrence how_;
   const Walk walk_;
   const Stream stream_;
   const at::Tensor x_, h0_, c0_, y_, dy_, gates_, cells_;
@@ -319,7 +332,7 @@ class BackwardRun {
   // Of a part: dgates, the states that entered, valid x, dh and h_tilde before a projection.
   at::Tensor dgates_, previous_, valid_x_, dh_, h_tilde_;
   // Of a step: CarriedGradient, the cell state's, dh W_hr.
-  at::Tensor direct_, product_, dc_, dh_hidden_;
+  at::Tensor direct_, product_, dc_, dh_hidden_, exchanged_;
   at::Tensor dx_, dx_part_;
 };
 

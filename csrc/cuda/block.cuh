@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/sentinel.h"
 #include "cuda/storage.h"
 
 #ifdef __CUDACC__
@@ -31,6 +32,31 @@ class Block {
   FUSEDRNN_D float of_lane_across(float value, int mask) const {
     return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
   }
+
+  // Whether it is so in any lane. All lanes of a warp together.
+  FUSEDRNN_D bool any_lane(bool mine) const { return __any_sync(0xFFFFFFFFu, mine); }
+
+  // Global memory that other blocks use meanwhile. Each word is one access.
+  FUSEDRNN_D Words load_relaxed(const uint32_t* from) const {
+    Words w;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
+                 : "l"(from)
+                 : "memory");
+    return w;
+  }
+  FUSEDRNN_D void store_relaxed(uint32_t* to, uint32_t word) const {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+  }
+
+  // Of one clock for all blocks.
+  FUSEDRNN_D uint64_t nanoseconds() const {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
+  }
+  // Ends the kernel with an error.
+  FUSEDRNN_D void give_up() const { asm volatile("trap;"); }
 
   // c += a b for a (16, 16), b (16, 8) and c (16, 8) spread over a warp as mma.m16n8k16 has them.
   FUSEDRNN_D void multiply_add(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0,

@@ -9,11 +9,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "cuda/sentinel.h"
 #include "layer.h"
 #include "strategy.h"
 
@@ -115,13 +117,55 @@ class Walk {
   at::Tensor lengths_, reset_;
 };
 
-// For OneCtaForward and OneCtaBackward: w (a, H, c, H) with zeros up to (a, U, c, U). A matrix that
-// is so already is not copied.
-at::Tensor one_cta_weight(const at::Tensor& w);
-
 // The most steps of a part of time: a kernel for many steps gets their rows as parameters.
 inline int64_t most_steps(Strategy strategy) {
-  return strategy == Strategy::kOneCta ? kMostSteps : std::numeric_limits<int64_t>::max() / 2;
+  return strategy == Strategy::kPerStep ? std::numeric_limits<int64_t>::max() / 2 : kMostSteps;
+}
+
+// How the recurrence of a call runs.
+struct Recurrence {
+  Strategy strategy;
+  // Of the persistent kernels: their form, and how many rows of the batch a launch takes.
+  PersistentForm form = {};
+  int rows = 0;
+};
+
+// What suits a batch, of what the device can have at a time of each form.
+Recurrence persistent_recurrence(int64_t hidden, int64_t batch,
+                                 const std::function<int64_t(const PersistentForm&)>& resident);
+
+// Kernels: PersistentForward or PersistentBackward.
+template <template <class> class Kernels, class E>
+Recurrence recurrence_of(const Layer& layer) {
+  const Strategy strategy = strategy_of(layer);
+  if constexpr (sizeof(E) == 2) {
+    if (strategy == Strategy::kPersistent) {
+      return persistent_recurrence(
+          layer.sizes.hidden, layer.batch,
+          [&](const PersistentForm& form) { return Kernels<E>::resident(layer.cell, form); });
+    }
+  }
+  return {strategy};
+}
+
+// W_hh for the kernels that keep it: w (a, H, c, H) with zeros up to (a, U, c, U). A matrix that
+// is so already is not copied.
+at::Tensor kept_weight(Strategy strategy, const at::Tensor& w);
+
+// What CTAs of persistent kernels exchange: memory where x is, for the longest part of time and
+// rows of `blocks` values a unit in half precision.
+at::Tensor exchange_memory(const Layer& layer, const at::Tensor& x, const std::vector<Steps>& parts,
+                           int64_t blocks);
+
+// Calls run(exchange) for as many rows of the batch at a time as the device takes.
+template <class F>
+void in_launches(const Recurrence& how, int64_t batch, const at::Tensor& memory, Steps part,
+                 const F& run) {
+  memory.narrow(0, 0, part.end - part.begin).fill_(static_cast<int32_t>(kUnwritten));
+  for (int64_t row = 0; row < batch; row += how.rows) {
+    run(Exchange{how.form, row, static_cast<int>(std::min<int64_t>(how.rows, batch - row)),
+                 values_of<uint32_t>(memory)});
+  }
 }
 
 // How many rows of so many bytes are worked on at a time in the products that are parallel over

@@ -30,47 +30,44 @@ struct UnitState {
   S state;  // LSTM c, GRU h; the step's input too
 };
 
-// Blocks of one row's saved gates.
-template <class E, class S>
-FUSEDRNN_HD void save(const ForwardResults<E>& to, int64_t row, int64_t unit,
-                      const S (&values)[4]) {
-  if (to.gates == nullptr) return;
-  E* gates = to.gates + row * to.gates_stride + unit;
-  for (int block = 0; block < 4; ++block) store(gates + block * to.hidden_padded, values[block]);
-}
+// One unit of one row after a step.
+template <class S>
+struct UnitStep {
+  S saved[4];  // the blocks of saved_blocks
+  UnitState<S> s;
+};
 
-// One unit of one row at one step, whose row of the results is `row`. `input` and `hidden` are
-// W_ih x + b_ih and W_hh h + b_hh, gate by gate. All but y is put away.
-template <Cell kCell, class E, class S = Arithmetic<E>>
-FUSEDRNN_HD void forward_unit(const ForwardResults<E>& to, int64_t row, int64_t unit,
-                              const S (&input)[gate_blocks(kCell)],
-                              const S (&hidden)[gate_blocks(kCell)], UnitState<S>& s) {
+// `input` and `hidden` are W_ih x + b_ih and W_hh h + b_hh, gate by gate; `state` enters the step.
+template <Cell kCell, class S>
+FUSEDRNN_HD UnitStep<S> forward_unit(const S (&input)[gate_blocks(kCell)],
+                                     const S (&hidden)[gate_blocks(kCell)], S state) {
   if constexpr (kCell == Cell::kLstm) {
     const LstmState<S> l = lstm_state<S>(
         {input[0] + hidden[0], input[1] + hidden[1], input[2] + hidden[2], input[3] + hidden[3]},
-        s.state);
-    save(to, row, unit, {l.gates.i, l.gates.f, l.gates.g, l.gates.o});
-    if (to.cells != nullptr) to.cells[row * to.cells_stride + unit] = l.c;
-    s = {lstm_output(l.gates.o, l.c), l.c};
+        state);
+    return {{l.gates.i, l.gates.f, l.gates.g, l.gates.o}, {lstm_output(l.gates.o, l.c), l.c}};
   } else if constexpr (kCell == Cell::kGru) {
     const GruGates<S> a =
         gru_gates(input[0] + hidden[0], input[1] + hidden[1], input[2], hidden[2]);
-    const GruState<S> g = gru_state(a.a_n, a.z, s.state);
-    save(to, row, unit, {a.r, a.z, g.n, hidden[2]});
-    s = {g.h, g.h};
+    const GruState<S> g = gru_state(a.a_n, a.z, state);
+    return {{a.r, a.z, g.n, hidden[2]}, {g.h, g.h}};
   } else {
     using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
-    s.h = Activation::forward(input[0] + hidden[0]);
+    return {{}, {Activation::forward(input[0] + hidden[0]), S(0)}};
   }
 }
 
-// What a row without a step gives: the same at every call.
-template <class E>
-FUSEDRNN_HD void pad(const ForwardResults<E>& to, int64_t row, int64_t unit) {
-  using S = Arithmetic<E>;
-  if (to.y != nullptr) store(to.y + row * to.y_stride + unit, S(0));
-  save<E, S>(to, row, unit, {});
-  if (to.cells != nullptr) to.cells[row * to.cells_stride + unit] = S(0);
+// Puts a step away; `row` is one of the results. Zeros where a row has no step: the same at every
+// call.
+template <class E, class S>
+FUSEDRNN_HD void put(const ForwardResults<E>& to, int64_t row, int64_t unit,
+                     const UnitStep<S>& step) {
+  if (to.y != nullptr) store(to.y + row * to.y_stride + unit, step.s.h);
+  if (to.cells != nullptr) to.cells[row * to.cells_stride + unit] = step.s.state;
+  if (to.gates == nullptr) return;
+  E* gates = to.gates + row * to.gates_stride + unit;
+  for (int block = 0; block < 4; ++block)
+    store(gates + block * to.hidden_padded, step.saved[block]);
 }
 
 template <Cell kCell, class E>
@@ -82,7 +79,7 @@ struct ForwardBody {
   FUSEDRNN_HD void operator()(int64_t row, int64_t unit) const {
     const int64_t to = p.step.now.first + row;
     if (!p.step.has(row)) {
-      pad(p.results, to, unit);
+      put(p.results, to, unit, UnitStep<S>{});
       return;
     }
     S input[kGates], hidden[kGates];
@@ -91,15 +88,15 @@ struct ForwardBody {
       hidden[gate] = with_bias(p.hidden_gates, p.b_hh, row, unit, gate);
     }
     const int64_t at = row * p.hidden + unit;
-    UnitState<S> s = {S(0), p.state == nullptr ? S(0) : p.state[at]};
-    forward_unit<kCell>(p.results, to, unit, input, hidden, s);
+    const UnitStep<S> step =
+        forward_unit<kCell>(input, hidden, p.state == nullptr ? S(0) : p.state[at]);
+    put(p.results, to, unit, step);
     const bool cut = p.step.is_cut_after(row);
-    if (p.state != nullptr) p.state[at] = cut ? S(0) : s.state;
+    if (p.state != nullptr) p.state[at] = cut ? S(0) : step.s.state;
     if (p.h_tilde != nullptr) {
-      store(p.h_tilde + at, s.h);
+      store(p.h_tilde + at, step.s.h);
     } else {
-      store(p.results.y + to * p.results.y_stride + unit, s.h);
-      store(p.h + at, cut ? S(0) : s.h);
+      store(p.h + at, cut ? S(0) : step.s.h);
     }
   }
 

@@ -17,8 +17,8 @@ class ForwardRun {
         sizes_(layer.sizes),
         in_(in),
         out_(out),
-        strategy_(strategy_of(layer)),
-        walk_(layer, in, most_steps(strategy_)),
+        how_(recurrence_of<PersistentForward, E>(layer)),
+        walk_(layer, in, most_steps(how_.strategy)),
         stream_(current_stream()),
         x_(in.x.contiguous().reshape({layer.rows, layer.sizes.input})),
         h0_(dense(in.h0)),
@@ -29,8 +29,10 @@ class ForwardRun {
     parts_[0] = walk_.parts(most, false);
     parts_[1] = walk_.parts(most, true);
     input_gates_ = at::empty({walk_.most_rows(parts_[0]), gates_width_}, exact_);
-    if (strategy_ == Strategy::kPerStep) {
+    if (how_.strategy == Strategy::kPerStep) {
       hidden_gates_ = at::empty({layer.batch, gates_width_}, exact_);
+    } else if (how_.strategy == Strategy::kPersistent) {
+      exchanged_ = exchange_memory(layer, x_, parts_[0], 1);
     }
     if (sizes_.projected) {
       h_tilde_ = at::empty({layer.batch, sizes_.hidden}, in.x.options());
@@ -67,9 +69,10 @@ class ForwardRun {
       p.b_hh = param(3);
     }
     if (sizes_.projected) p.w_hr = param(layer_.has_biases ? 4 : 2);
-    if (strategy_ == Strategy::kOneCta) {
+    if (how_.strategy != Strategy::kPerStep) {
       const int64_t hidden = sizes_.hidden;
-      p.w_hh = one_cta_weight(p.w_hh.view({gate_blocks(layer_.cell), hidden, 1, hidden}));
+      p.w_hh =
+          kept_weight(how_.strategy, p.w_hh.view({gate_blocks(layer_.cell), hidden, 1, hidden}));
     }
     return p;
   }
@@ -102,7 +105,19 @@ class ForwardRun {
   void recur(int d, Steps part, const Parameters& with, const at::Tensor& h,
              const at::Tensor& state) const {
     if constexpr (!std::is_same_v<E, double>) {
-      if (strategy_ == Strategy::kOneCta) return in_one_cta(d, part, with, h, state);
+      if (how_.strategy == Strategy::kOneCta) {
+        OneCtaKernels<E>::forward(layer_.cell, whole(d, part, with, h, state), stream_);
+        return;
+      }
+    }
+    if constexpr (sizeof(E) == 2) {
+      if (how_.strategy == Strategy::kPersistent) {
+        const PartForward<E> p = whole(d, part, with, h, state);
+        in_launches(how_, layer_.batch, exchanged_, part, [&](const Exchange& exchange) {
+          PersistentForward<E>::run(layer_.cell, p, exchange, stream_);
+        });
+        return;
+      }
     }
     step_by_step(d, part, with, h, state);
   }
@@ -133,18 +148,18 @@ class ForwardRun {
     }
   }
 
-  void in_one_cta(int d, Steps part, const Parameters& with, const at::Tensor& h,
-                  const at::Tensor& state) const {
-    const OneCtaForward<E> p{walk_.part(part, d == 1),
-                             sizes_.hidden,
-                             const_values_of<S>(input_gates_),
-                             const_values_of<E>(with.w_hh),
-                             const_values_of<E>(with.b_ih),
-                             const_values_of<E>(with.b_hh),
-                             values_of<S>(state),
-                             values_of<E>(h),
-                             results(d)};
-    OneCtaKernels<E>::forward(layer_.cell, p, stream_);
+  // A part of time for one kernel.
+  PartForward<E> whole(int d, Steps part, const Parameters& with, const at::Tensor& h,
+                       const at::Tensor& state) const {
+    return {walk_.part(part, d == 1),
+            sizes_.hidden,
+            const_values_of<S>(input_gates_),
+            const_values_of<E>(with.w_hh),
+            const_values_of<E>(with.b_ih),
+            const_values_of<E>(with.b_hh),
+            values_of<S>(state),
+            values_of<E>(h),
+            results(d)};
   }
 
   // A direction's columns.
@@ -177,14 +192,14 @@ class ForwardRun {
   const Sizes& sizes_;
   const LayerInputs& in_;
   const ForwardResult& out_;
-  const Strategy strategy_;
+  const Recurrence how_;
   const Walk walk_;
   const Stream stream_;
   const at::Tensor x_, h0_, c0_;
   const int64_t gates_width_;
   const at::TensorOptions exact_;
   std::vector<Steps> parts_[2];  // a direction's
-  at::Tensor input_gates_, hidden_gates_, h_tilde_, projected_;
+  at::Tensor input_gates_, hidden_gates_, h_tilde_, projected_, exchanged_;
 };
 
 }  // namespace

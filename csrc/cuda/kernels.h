@@ -1,9 +1,10 @@
 // The kernels, as a program that is no CUDA compiler's calls them: one function each, which puts
 // the kernel on a stream.
 //
-// Defined in kernels_inl.cuh and one_cta_inl.cuh for whoever compiles these files: nvcc for a GPU
-// (the .cu files, a type each, so that they compile side by side), or a plain compiler, and then
-// the threads of every block run on the host before the call returns (tests/cuda_emulated).
+// Defined in kernels_inl.cuh, one_cta_inl.cuh and persistent_inl.cuh for whoever compiles these
+// files: nvcc for a GPU (the .cu files, a type each, so that they compile side by side), or a plain
+// compiler, and then the threads of every block run on the host before the call returns
+// (tests/cuda_emulated).
 #pragma once
 
 #include "cuda/steps.h"
@@ -29,8 +30,21 @@ struct Kernels {
 // Many steps in one kernel, without a projection, hidden <= kOneCtaUnits. E is not double.
 template <class E>
 struct OneCtaKernels {
-  static void forward(Cell cell, const OneCtaForward<E>& p, Stream stream);
-  static void backward(Cell cell, const OneCtaBackward<E>& p, Stream stream);
+  static void forward(Cell cell, const PartForward<E>& p, Stream stream);
+  static void backward(Cell cell, const PartBackward<E>& p, Stream stream);
+};
+
+// The same, hidden <= kPersistentUnits; E is half precision. CTAs wait for each other: no more of
+// them than `resident` tells of the current device and a form, or the launch fails.
+template <class E>
+struct PersistentForward {
+  static int64_t resident(Cell cell, const PersistentForm& form);
+  static void run(Cell cell, const PartForward<E>& p, const Exchange& exchange, Stream stream);
+};
+template <class E>
+struct PersistentBackward {
+  static int64_t resident(Cell cell, const PersistentForm& form);
+  static void run(Cell cell, const PartBackward<E>& p, const Exchange& exchange, Stream stream);
 };
 
 }  // namespace fusedrnn

@@ -1,6 +1,7 @@
 // How a kernel is put on a stream of a GPU, or run on the host in its place.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -68,6 +69,38 @@ void launch_blocks(const Body& body, int64_t rows, Stream stream) {
   check_launch(cudaGetLastError());
 }
 
+// How many CTAs of the kernel the current device can have at a time, where nothing else runs.
+template <class Body>
+int64_t resident_blocks() {
+  const auto ask = [](int device) {
+    int each = 0, processors = 0;
+    check_launch(cudaFuncSetAttribute(in_blocks<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      Body::kSharedBytes));
+    check_launch(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, in_blocks<Body>,
+                                                               Body::kThreads, Body::kSharedBytes));
+    check_launch(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    return each * processors;
+  };
+  static std::atomic<int> known[64];  // by device; 0: not asked yet
+  int device = 0;
+  check_launch(cudaGetDevice(&device));
+  if (device >= 64) return ask(device);
+  int found = known[device].load(std::memory_order_relaxed);
+  if (found == 0) known[device].store(found = ask(device), std::memory_order_relaxed);
+  return found;
+}
+
+// So many blocks, which wait for each other: all of them are resident, or the launch fails.
+// resident_blocks() comes first.
+template <class Body>
+void launch_together(const Body& body, int64_t blocks, Stream stream) {
+  if (blocks == 0) return;
+  void* arguments[] = {const_cast<Body*>(&body)};
+  check_launch(cudaLaunchCooperativeKernel(
+      reinterpret_cast<const void*>(in_blocks<Body>), dim3(static_cast<unsigned>(blocks)),
+      dim3(Body::kThreads), arguments, Body::kSharedBytes, stream));
+}
+
 #else
 
 // Runs every thread of every block in turn, which is right as they do not wait for each other.
@@ -94,6 +127,18 @@ void launch_blocks(const Body& body, int64_t rows, Stream) {
     EmulatedBlock block(index, Body::kThreads, Body::kSharedBytes);
     block.run([&](int thread) { body(Block(block, thread)); });
   }
+}
+
+template <class Body>
+int64_t resident_blocks() {
+  return EmulatedBlock::most_together;
+}
+
+template <class Body>
+void launch_together(const Body& body, int64_t blocks, Stream) {
+  EmulatedBlock::run_together(
+      blocks, Body::kThreads, Body::kSharedBytes,
+      [&](EmulatedBlock& block, int thread) { body(Block(block, thread)); });
 }
 
 #endif

@@ -30,12 +30,12 @@ void launch_one_cta(Cell cell, const Params& p, Stream stream) {
 }
 
 template <class E>
-void OneCtaKernels<E>::forward(Cell cell, const OneCtaForward<E>& p, Stream stream) {
+void OneCtaKernels<E>::forward(Cell cell, const PartForward<E>& p, Stream stream) {
   launch_one_cta<FUSEDRNN_ISA::OneCtaForwardBody, E>(cell, p, stream);
 }
 
 template <class E>
-void OneCtaKernels<E>::backward(Cell cell, const OneCtaBackward<E>& p, Stream stream) {
+void OneCtaKernels<E>::backward(Cell cell, const PartBackward<E>& p, Stream stream) {
   launch_one_cta<FUSEDRNN_ISA::OneCtaBackwardBody, E>(cell, p, stream);
 }
 

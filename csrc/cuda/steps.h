@@ -86,14 +86,16 @@ inline constexpr int64_t kMostSteps = 256;
 struct PartOfWalk {
   Order order;
   int64_t begin, end;
-  Rows earlier;                       // of step begin - 1; none where there is none
-  int64_t rows_later;                 // of step end; 0 where there is none
-  int64_t first_row[kMostSteps + 1];  // of each step, and of step end
+  Rows earlier;                     // of step begin - 1; none where there is none
+  int64_t rows_later;               // of step end; 0 where there is none
+  int64_t first;                    // the first row of step begin
+  uint32_t offset[kMostSteps + 1];  // of each step's first row from that, and of step end's
 
+  FUSEDRNN_HD int64_t first_row(int64_t i) const { return first + offset[i]; }
   FUSEDRNN_HD Rows rows(int64_t t) const {
     if (t < begin) return earlier;
-    const int64_t first = first_row[t - begin];
-    return {first, t < end ? first_row[t - begin + 1] - first : rows_later};
+    const int64_t row = first_row(t - begin);
+    return {row, t < end ? first_row(t - begin + 1) - row : rows_later};
   }
   FUSEDRNN_HD Step step(int64_t t) const { return order.step(t, rows(t), rows(order.before(t))); }
   // The i-th that the direction walks, or that back-propagation does.
@@ -142,18 +144,14 @@ struct ForwardStep {
   ForwardResults<E> results;
 };
 
-// The units that a kernel which keeps W_hh in a CTA has for H hidden ones: with fewer, a step would
-// take hardly less time. Those beyond H have weights of zero.
-inline constexpr int64_t one_cta_units(int64_t hidden) { return hidden <= 64 ? 64 : 128; }
-
-// Many steps of the recurrence, without a projection, for such a kernel; U = one_cta_units.
+// Many steps of the recurrence, without a projection, for a kernel that keeps W_hh.
 template <class E>
-struct OneCtaForward {
+struct PartForward {
   using S = Arithmetic<E>;
   PartOfWalk part;
   int64_t hidden;        // H
   const S* input_gates;  // (part's rows, G*H): W_ih x
-  const E* w_hh;         // (G, U, U), aligned to 16 bytes
+  const E* w_hh;         // (G, U, V), aligned to 16 bytes: zeros beyond (G, H, H)
   const E* b_ih;         // as in ForwardStep, all
   const E* b_hh;
   S* state;
@@ -212,19 +210,41 @@ struct BackwardStep {
   E* h_tilde;   // (step's rows, H): o tanh(c), zeros in padding; null without a projection
 };
 
-// Many steps of back-propagation, as OneCtaForward.
+// Many steps of back-propagation, as PartForward.
 template <class E>
-struct OneCtaBackward {
+struct PartBackward {
   using S = Arithmetic<E>;
   PartOfWalk part;
   int64_t hidden;  // H
-  const E* w_hh;   // (H, G*H): the transpose, its columns in the order of the hidden side
+  const E* w_hh;   // (U, G, V): the transpose, its columns in the order of the hidden side
   S* direct;       // (B, H): CarriedGradient of the state that leaves the part, then of the one
                    // that enters it; nothing is left in a product
   S* dc;           // (B, H), as in BackwardStep
   ForwardSaved<E> saved;
   E* dgates;    // (part's rows, gradient_blocks * H): zeros in padding
   E* previous;  // (part's rows, H), or null: as in BackwardStep
+};
+
+// The units U = V that one_cta has for H hidden ones: with fewer, a step would take hardly less
+// time.
+inline constexpr int64_t one_cta_units(int64_t hidden) { return hidden <= 64 ? 64 : 128; }
+
+// The units U = V of the persistent kernels: whole tiles of k.
+FUSEDRNN_HD constexpr int64_t persistent_units(int64_t hidden) { return (hidden + 31) / 32 * 32; }
+
+// How the persistent kernels share a layer out: a CTA has `units` of the hidden units, with all
+// their gates, and `rows` rows of the batch. CTAs with the same rows exchange what W_hh multiplies.
+struct PersistentForm {
+  int units, rows;
+};
+
+// What the CTAs of a persistent kernel have beside the part.
+struct Exchange {
+  PersistentForm form;
+  int64_t first_row;  // of the batch, that the kernel's CTAs have
+  int rows;           // of the batch, that they have
+  uint32_t* words;    // (steps, B, blocks of W_hh's columns, V) values of E, kUnwritten everywhere;
+                      // step by step what W_hh multiplies
 };
 
 // The half of such a step that comes first where there is a projection.

@@ -2,6 +2,7 @@
 #include "cuda/driver.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace fusedrnn {
 
@@ -40,7 +41,12 @@ PartOfWalk Walk::part(Steps steps, bool reverse) const {
   part.end = steps.end;
   if (steps.begin > 0) part.earlier = rows_at(steps.begin - 1);
   if (steps.end < steps_) part.rows_later = rows(steps.end);
-  std::copy(row_.begin() + steps.begin, row_.begin() + steps.end + 1, part.first_row);
+  part.first = row_[steps.begin];
+  TORCH_CHECK(row_[steps.end] - part.first <= std::numeric_limits<uint32_t>::max(),
+              "fusedrnn: a step with 2^32 rows or more");
+  for (int64_t t = steps.begin; t <= steps.end; ++t) {
+    part.offset[t - steps.begin] = static_cast<uint32_t>(row_[t] - part.first);
+  }
   return part;
 }
 
@@ -61,17 +67,6 @@ int64_t Walk::most_rows(const std::vector<Steps>& parts) const {
   int64_t most = 0;
   for (const Steps part : parts) most = std::max(most, rows(part));
   return most;
-}
-
-at::Tensor one_cta_weight(const at::Tensor& w) {
-  const int64_t hidden = w.size(1), units = one_cta_units(hidden);
-  const bool aligned = reinterpret_cast<uintptr_t>(w.const_data_ptr()) % 16 == 0;
-  if (hidden == units && aligned && w.is_contiguous()) return w;
-  const std::vector<int64_t> shape = {w.size(0), units, w.size(2), units};
-  const at::Tensor padded =
-      hidden == units ? at::empty(shape, w.options()) : at::zeros(shape, w.options());
-  padded.narrow(1, 0, hidden).narrow(3, 0, hidden).copy_(w);
-  return padded;
 }
 
 RecurrentPrecision::RecurrentPrecision(const Layer& layer) {

@@ -8,10 +8,12 @@
 #include "layer.cpp"
 #include "strategy.cpp"
 #include "cuda/walk.cpp"
+#include "cuda/persistent_driver.cpp"
 #include "cuda/forward_driver.cpp"
 #include "cuda/backward_driver.cpp"
 #include "cuda/kernels_inl.cuh"
 #include "cuda/one_cta_inl.cuh"
+#include "cuda/persistent_inl.cuh"
 
 template struct fusedrnn::Kernels<float>;
 template struct fusedrnn::Kernels<double>;
@@ -20,6 +22,10 @@ template struct fusedrnn::Kernels<fusedrnn::Half>;
 template struct fusedrnn::OneCtaKernels<float>;
 template struct fusedrnn::OneCtaKernels<fusedrnn::BFloat16>;
 template struct fusedrnn::OneCtaKernels<fusedrnn::Half>;
+template struct fusedrnn::PersistentForward<fusedrnn::BFloat16>;
+template struct fusedrnn::PersistentForward<fusedrnn::Half>;
+template struct fusedrnn::PersistentBackward<fusedrnn::BFloat16>;
+template struct fusedrnn::PersistentBackward<fusedrnn::Half>;
 
 namespace fusedrnn {
 
@@ -136,6 +142,12 @@ TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def("take_products() -> int[]", take_products);
   m.def("reversed_in_block(str fault) -> Tensor", reversed_in_block);
   m.def("set_turns(int turns) -> ()", [](int64_t t) { turns = static_cast<Turns>(t); });
+  m.def("set_device(int most_together, int clock_rate=1, int lost=-1) -> ()",
+        [](int64_t most_together, int64_t clock_rate, int64_t lost) {
+          EmulatedBlock::most_together = most_together;
+          EmulatedBlock::clock_rate = clock_rate;
+          EmulatedBlock::lost = lost;
+        });
 }
 
 }  // namespace fusedrnn

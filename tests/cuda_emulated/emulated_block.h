@@ -1,24 +1,31 @@
 // The host's twin of what csrc/cuda/block.cuh has: a block's threads as fibers of one host thread.
 //
+// Blocks that wait for each other are host threads side by side (run_together).
+//
 // A thread runs until it must wait for others, then another one does. In which order is a test's
 // choice: what is right in one order only, for want of a barrier, is found so. Shared memory starts
 // as NaN. Threads that wait for ever, at different places, are an error.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <boost/context/fiber.hpp>
 #include <boost/context/fixedsize_stack.hpp>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "cuda/fragment_map.h"
+#include "cuda/sentinel.h"
 #include "cuda/storage.h"
 
 namespace fusedrnn {
@@ -40,6 +47,7 @@ class EmulatedBlock {
       : index(index),
         shared_(static_cast<size_t>(shared_bytes) / sizeof(Sixteen) + 1),
         threads_(threads),
+        random_(static_cast<unsigned>(index)),
         warps_(threads / kWarp),
         whole_{threads} {
     if (threads % kWarp != 0) throw std::logic_error("a warp that is not whole");
@@ -53,9 +61,8 @@ class EmulatedBlock {
     std::vector<int> order(threads_);
     std::iota(order.begin(), order.end(), 0);
     if (turns == Turns::kDescending) std::reverse(order.begin(), order.end());
-    std::mt19937 random(static_cast<unsigned>(index));
     for (int left = threads_; left > 0;) {
-      if (turns == Turns::kRandom) std::shuffle(order.begin(), order.end(), random);
+      if (turns == Turns::kRandom) std::shuffle(order.begin(), order.end(), random_);
       const int64_t before = progress_;
       for (const int thread : order) {
         Thread& t = threads_state_[thread];
@@ -69,6 +76,35 @@ class EmulatedBlock {
     }
   }
 
+  // What a device would hold at a time, how fast its clock runs, and a block that never starts.
+  static inline int64_t most_together = 8, clock_rate = 1, lost = -1;
+
+  // body(block, thread) in all threads of all blocks, which may wait for each other.
+  template <class Body>
+  static void run_together(int64_t blocks, int threads, int shared_bytes, const Body& body) {
+    if (blocks > most_together) throw std::runtime_error("more blocks than the device can hold");
+    failed_ = false;
+    std::mutex mutex;
+    std::exception_ptr first;
+    {
+      std::vector<std::jthread> running;
+      for (int64_t i = 0; i < blocks; ++i) {
+        if (i == lost) continue;
+        running.emplace_back([&, i] {
+          try {
+            EmulatedBlock block(i, threads, shared_bytes);
+            block.run([&](int thread) { body(block, thread); });
+          } catch (...) {
+            const std::lock_guard lock(mutex);
+            if (!first) first = std::current_exception();
+            failed_ = true;
+          }
+        });
+      }
+    }
+    if (first) std::rethrow_exception(first);
+  }
+
   char* shared() { return reinterpret_cast<char*>(shared_.data()); }
 
   void sync(int thread) { meet(thread, whole_, 's'); }
@@ -78,6 +114,36 @@ class EmulatedBlock {
     mine.c[0] = value;
     meet(thread, warps_[thread / kWarp].meeting, 'x');
     return seen(thread, thread % kWarp ^ mask).c[0];
+  }
+
+  bool any_lane(int thread, bool mine) {
+    show(thread).b[0] = mine;
+    meet(thread, warps_[thread / kWarp].meeting, 'v');
+    bool any = false;
+    for (int lane = 0; lane < kWarp; ++lane) any = any || seen(thread, lane).b[0] != 0;
+    return any;
+  }
+
+  Words load_relaxed(const uint32_t* from) {
+    Words w;
+    for (int i = 0; i < 4; ++i) {
+      // atomic_ref of C++20 takes no const
+      w.word[i] = std::atomic_ref(const_cast<uint32_t&>(from[i])).load(std::memory_order_relaxed);
+    }
+    return w;
+  }
+  void store_relaxed(uint32_t* to, uint32_t word) {
+    if (turns == Turns::kRandom && random_() % 64 == 0) {
+      std::this_thread::sleep_for(std::chrono::microseconds(random_() % 200));
+    }
+    std::atomic_ref(*to).store(word, std::memory_order_relaxed);
+  }
+  // Who asks for the time is waiting.
+  uint64_t nanoseconds() {
+    if (failed_) throw std::runtime_error("another block has failed");
+    std::this_thread::yield();
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    return static_cast<uint64_t>(clock_rate * std::chrono::nanoseconds(now).count());
   }
 
   // As the PTX ISA spreads a, b and c over lanes; `Value` widens one of a register's two values.
@@ -170,11 +236,13 @@ class EmulatedBlock {
 
   std::vector<Sixteen> shared_;
   const int threads_;
+  std::mt19937 random_;
   std::vector<Warp> warps_;
   Meeting whole_;
   std::vector<Thread> threads_state_;
   int64_t progress_ = 0;
   std::exception_ptr error_;
+  static inline std::atomic<bool> failed_ = false;  // one of the blocks that run together
 };
 
 // What a kernel sees of it.
@@ -188,6 +256,11 @@ class Block {
   float of_lane_across(float value, int mask) const {
     return block_.of_lane_across(thread_, value, mask);
   }
+  bool any_lane(bool mine) const { return block_.any_lane(thread_, mine); }
+  Words load_relaxed(const uint32_t* from) const { return block_.load_relaxed(from); }
+  void store_relaxed(uint32_t* to, uint32_t word) const { block_.store_relaxed(to, word); }
+  uint64_t nanoseconds() const { return block_.nanoseconds(); }
+  void give_up() const { throw std::runtime_error("a block waited for the others for too long"); }
   template <class E>
   void multiply_add(E, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const {
     block_.multiply_add(thread_, c, a, b0, b1, [](uint32_t word, int which) {

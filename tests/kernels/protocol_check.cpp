@@ -27,6 +27,7 @@
 
 namespace {
 
+using namespace fusedrnn;
 using namespace fusedrnn::probe;
 
 constexpr uint32_t kCtas = 4, kThreads = 4, kPieces = 8, kSteps = 400;
