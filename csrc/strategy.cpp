@@ -9,21 +9,14 @@ namespace {
 
 constexpr char kVariable[] = "FUSEDRNN_CUDA_STRATEGY";
 
-bool is_half_precision(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 || dtype == at::kHalf;
-}
-
 // Why a strategy cannot run the layer; empty where it can.
 std::string refusal(Strategy strategy, const Sizes& sizes, at::ScalarType dtype) {
   if (strategy == Strategy::kPerStep) return "";
-  const bool one_cta = strategy == Strategy::kOneCta;
-  const int64_t most = one_cta ? kOneCtaUnits : kPersistentUnits;
-  const bool fits_dtype = one_cta ? dtype != at::kDouble : is_half_precision(dtype);
-  if (sizes.hidden <= most && !sizes.projected && fits_dtype) return "";
-  return c10::str(name_of(strategy), " needs hidden_size <= ", most, ", no proj_size and ",
-                  one_cta ? "a dtype other than float64" : "bfloat16 or float16",
-                  ", got hidden_size ", sizes.hidden, sizes.projected ? " with proj_size, " : ", ",
-                  dtype);
+  const int64_t most = strategy == Strategy::kOneCta ? kOneCtaUnits : most_persistent_units(dtype);
+  if (sizes.hidden <= most && !sizes.projected && dtype != at::kDouble) return "";
+  return c10::str(name_of(strategy), " needs hidden_size <= ", most,
+                  ", no proj_size and a dtype other than float64, got hidden_size ", sizes.hidden,
+                  sizes.projected ? " with proj_size, " : ", ", dtype);
 }
 
 }  // namespace

@@ -52,8 +52,10 @@ def cuda_strategy(module: RNN | LSTM | GRU, dtype: torch.dtype | None = None) ->
     to 256 steps, whose thread blocks each keep all of W_hh and a row or two of the batch; it needs
     ``hidden_size <= 128``, no ``proj_size`` and another dtype than float64. ``"persistent"``: one
     kernel for up to 256 steps, whose thread blocks keep W_hh together and exchange the state at
-    each step; it needs ``hidden_size <= 1024``, no ``proj_size`` and bfloat16 or float16, and where
-    a GPU has too few multiprocessors for all blocks at a time, steps are taken one by one instead.
+    each step; it needs ``hidden_size <= 1024`` (2048 in half precision), no ``proj_size`` and
+    another dtype than float64, and where a GPU has too few multiprocessors for all blocks at a
+    time, steps are taken one by one instead. In float32 it follows cuDNN's switch for TF32; with
+    the switch off, an infinite weight or state may give NaN where others give infinity.
     ``dtype`` is what the module computes in, if not its parameters' own (under autocast). On a
     machine without a GPU this tells what one would do.
 

@@ -35,7 +35,7 @@ MODES = (*oracle.MODES, "LSTM projected")
 DTYPES_OF = {
     "per_step": DTYPES,
     "one_cta": (torch.float32, torch.bfloat16, torch.float16),
-    "persistent": (torch.bfloat16, torch.float16),
+    "persistent": (torch.float32, torch.bfloat16, torch.float16),
 }
 MODES_OF = {"per_step": MODES, "one_cta": oracle.MODES, "persistent": oracle.MODES}
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-import cuda_cases
 import fusedrnn
 import oracle
 from fusedrnn import _C
@@ -71,7 +70,9 @@ def test_the_strategy_that_is_chosen(strategy: str) -> None:
         assert fusedrnn.cuda_strategy(net) == "per_step"
 
 
-@pytest.mark.parametrize(("strategy", "largest"), [("one_cta", 128), ("persistent", 1024)])
+@pytest.mark.parametrize(
+    ("strategy", "largest"), [("one_cta", 128), ("persistent", 1024), ("persistent", 2048)]
+)
 def test_a_strategy_that_is_forced(
     monkeypatch: pytest.MonkeyPatch, strategy: str, largest: int
 ) -> None:
@@ -79,14 +80,14 @@ def test_a_strategy_that_is_forced(
     monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", "per_step")
     assert fusedrnn.cuda_strategy(projected) == "per_step"
     monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", strategy)
-    for dtype in cuda_cases.DTYPES_OF[strategy]:
+    half, narrow = torch.bfloat16, largest != 2048  # that many units in half precision only
+    for dtype in (half, torch.float16, *[torch.float32] * narrow):
         assert fusedrnn.cuda_strategy(fits, dtype) == strategy
-    refused = set(cuda_cases.DTYPES) - set(cuda_cases.DTYPES_OF[strategy])
-    half = torch.bfloat16
     for net, dtype in (
-        *((fits, dtype) for dtype in refused),
+        (fits, torch.float64),
         (projected, half),
-        (fusedrnn.RNN(3, largest + 1), half),
+        (fusedrnn.RNN(3, 2049 if strategy == "persistent" else 129), half),
+        (fusedrnn.RNN(3, largest + 1), torch.float32),
     ):
         with pytest.raises(ValueError, match=f"_STRATEGY: {strategy} needs hidden_size <= "):
             fusedrnn.cuda_strategy(net, dtype)

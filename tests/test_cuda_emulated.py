@@ -62,8 +62,11 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _fast(one_thread: None) -> None:
-    """Everything here is small."""
+def _small_and_exact(one_thread: None) -> Iterator[None]:
+    """One thread is enough; TF32 is off, as torch.nn knows none on a CPU."""
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"  # as torch starts
 
 
 @cuda_cases.each_case
@@ -224,15 +227,43 @@ def test_sizes_of_persistent(
     cuda_cases.check(ops, call)
 
 
+FORMS = [  # dtype, batch, hidden_size, blocks that the device holds: form, rows of a launch
+    (torch.bfloat16, 3, 40, 8, (16, 4, 8), 8),
+    (torch.bfloat16, 17, 64, 8, (32, 2, 8), 24),
+    (torch.bfloat16, 9, 520, 34, (16, 4, 16), 16),
+    (torch.bfloat16, 9, 64, 2, (32, 2, 16), 16),
+    (torch.bfloat16, 17, 64, 4, (32, 2, 16), 32),
+    (torch.bfloat16, 40, 64, 4, (32, 2, 16), 32),
+    (torch.bfloat16, 35, 530, 34, (16, 4, 32), 32),
+    (torch.bfloat16, 3, 1500, 94, (16, 8, 8), 8),
+    (torch.bfloat16, 20, 1030, 66, (16, 8, 16), 16),
+    (torch.float32, 9, 100, 8, (16, 4, 16), 16),
+    (torch.float32, 3, 900, 58, (16, 8, 8), 8),
+    (torch.float32, 20, 520, 34, (16, 8, 16), 16),
+]
+
+
 @pytest.mark.parametrize("strategy", ["persistent"], indirect=True)
-@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
-@pytest.mark.parametrize("batch", [3, 16, 35])
-def test_the_persistent_kernels_for_many_units(
-    ops: Any, strategy: str, mode: str, batch: int, device: Callable[..., None]
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+@pytest.mark.parametrize(
+    ("dtype", "batch", "hidden_size", "blocks", "form", "rows"), FORMS, ids=lambda v: str(v)
+)
+def test_each_form_of_persistent(
+    ops: Any,
+    strategy: str,
+    mode: str,
+    dtype: torch.dtype,
+    batch: int,
+    hidden_size: int,
+    blocks: int,
+    form: tuple[int, int, int],
+    rows: int,
+    device: Callable[..., None],
 ) -> None:
-    """Blocks of sixteen units, of 8, 16 and 32 rows; the last one in two launches."""
-    device(34)
-    call = cuda_cases.Call(mode, torch.bfloat16, batch=batch, hidden_size=530, steps=2)
+    """It is the one that was meant, and right."""
+    device(blocks)
+    call = cuda_cases.Call(mode, dtype, batch=batch, hidden_size=hidden_size, steps=2)
+    assert ops.persistent_form(**call.arguments()) == [*form, rows]
     cuda_cases.check(ops, call)
 
 
@@ -259,12 +290,21 @@ def test_a_block_that_never_comes(ops: Any, strategy: str, device: Callable[...,
     cuda_cases.check(ops, call)
 
 
-@cuda_cases.each_of(cuda_cases.ways("persistent"), "mode", "dtype")
+@cuda_cases.each_of(
+    [
+        ("persistent", mode, dtype)
+        for mode in oracle.MODES
+        for dtype in cuda_cases.DTYPES_OF["persistent"]
+    ],
+    "mode",
+    "dtype",
+)
 def test_a_nan_is_handed_on(ops: Any, strategy: str, mode: str, dtype: torch.dtype) -> None:
     """It stays in its row; and its bits, those of memory that is not written yet, stop nobody."""
     call = cuda_cases.Call(mode, dtype, hidden_size=40, batch=3)
     arguments = call.arguments()
-    ones = torch.full_like(arguments["h0"], -1, dtype=torch.int16).view(dtype)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    ones = torch.full_like(arguments["h0"], -1, dtype=bits).view(dtype)
     arguments["h0"][0, 1] = ones[0, 1]
     y = ops.layer_forward(**arguments, save=False)[0]
     assert y[:, 1].isnan().all()
@@ -273,7 +313,7 @@ def test_a_nan_is_handed_on(ops: Any, strategy: str, mode: str, dtype: torch.dty
 
 @pytest.mark.parametrize("strategy", MANY_STEPS, indirect=True)
 def test_what_a_strategy_cannot_run(ops: Any, strategy: str) -> None:
-    dtype, most = cuda_cases.DTYPES_OF[strategy][0], {"one_cta": 128, "persistent": 1024}[strategy]
+    dtype, most = torch.float32, {"one_cta": 128, "persistent": 1024}[strategy]
     for call in (
         cuda_cases.Call("LSTM projected", dtype),
         cuda_cases.Call("GRU", torch.float64),
@@ -467,6 +507,49 @@ def test_precision_of_products(
         assert torch.backends.cuda.matmul.fp32_precision == products
         if products != "tf32":  # else the older switch does not know of the newer one
             assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("strategy", ["persistent"], indirect=True)
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+def test_precision_of_the_persistent_kernels(
+    ops: Any,
+    strategy: str,
+    mode: str,
+    switches: Callable[[str, str], None],
+    device: Callable[..., None],
+) -> None:
+    """With TF32 off as exact as torch.nn; with it on, off by what rounding to 11 bits costs."""
+    device(20)
+    call = cuda_cases.Call(mode, torch.float32, hidden_size=300, steps=3)
+    switches("ieee", "ieee")
+    exact = cuda_cases.answer(ops, call)
+    cuda_cases.check(ops, call)
+    switches("tf32", "ieee")
+    rounded = cuda_cases.answer(ops, call)
+    for name in ("y", "dx", "dweight_hh_l0"):
+        error = (rounded[name] - exact[name]).abs().max() / exact[name].abs().max()
+        assert 2**-17 < error < 2**-9, name
+
+
+def rounded_to_tf32(t: torch.Tensor) -> torch.Tensor:
+    """To 11 bits, ties away from zero."""
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("strategy", ["persistent"], indirect=True)
+@pytest.mark.parametrize("mode", ["LSTM", "RNN_TANH"])
+def test_tf32_is_rounded_to(
+    ops: Any, strategy: str, mode: str, switches: Callable[[str, str], None]
+) -> None:
+    """The state and W_hh are; what is rounded already gives the same with TF32 off."""
+    call = cuda_cases.Call(mode, torch.float32, steps=1)
+    given = call.arguments()
+    switches("tf32", "ieee")
+    found = ops.layer_forward(**given, save=False)[0]
+    given["h0"] = rounded_to_tf32(given["h0"])
+    given["params"][1] = rounded_to_tf32(given["params"][1])
+    switches("ieee", "ieee")
+    assert oracle.same_bits(ops.layer_forward(**given, save=False)[0], found)
 
 
 def test_precision_is_restored_after_an_error(

@@ -193,8 +193,6 @@ class BackwardRun {
         OneCtaKernels<E>::backward(layer_.cell, whole(d, part, w_hh), stream_);
         return 0;
       }
-    }
-    if constexpr (sizeof(E) == 2) {
       if (how_.strategy == Strategy::kPersistent) {
         const PartBackward<E> p = whole(d, part, w_hh);
         in_launches(how_, layer_.batch, exchanged_, part, [&](const Exchange& exchange) {

@@ -58,6 +58,18 @@ class Block {
   // Ends the kernel with an error.
   FUSEDRNN_D void give_up() const { asm volatile("trap;"); }
 
+  // The same word, of which the compiler knows nothing.
+  FUSEDRNN_D uint32_t unknown(uint32_t word) const {
+    asm volatile("" : "+r"(word));
+    return word;
+  }
+  // A float rounded to what tensor cores take of it, ties away from zero.
+  FUSEDRNN_D uint32_t to_tf32(uint32_t bits) const {
+    uint32_t rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+    return rounded;
+  }
+
   // c += a b for a (16, 16), b (16, 8) and c (16, 8) spread over a warp as mma.m16n8k16 has them.
   FUSEDRNN_D void multiply_add(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                uint32_t b1) const {
@@ -69,6 +81,14 @@ class Block {
   FUSEDRNN_D void multiply_add(Half, float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                uint32_t b1) const {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+  // The same for a (16, 8) and b (8, 8) of floats, the first 11 bits of each, as mma.m16n8k8.
+  FUSEDRNN_D void multiply_add(float, float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                               uint32_t b1) const {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

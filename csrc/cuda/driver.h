@@ -12,6 +12,7 @@
 #include <functional>
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/kernels.h"
@@ -130,19 +131,19 @@ struct Recurrence {
   int rows = 0;
 };
 
-// What suits a batch, of what the device can have at a time of each form.
-Recurrence persistent_recurrence(int64_t hidden, int64_t batch,
+// What suits a layer, of how many CTAs of a form the device can have at a time.
+Recurrence persistent_recurrence(const Layer& layer,
                                  const std::function<int64_t(const PersistentForm&)>& resident);
 
 // Kernels: PersistentForward or PersistentBackward.
 template <template <class> class Kernels, class E>
 Recurrence recurrence_of(const Layer& layer) {
   const Strategy strategy = strategy_of(layer);
-  if constexpr (sizeof(E) == 2) {
+  if constexpr (!std::is_same_v<E, double>) {
     if (strategy == Strategy::kPersistent) {
-      return persistent_recurrence(
-          layer.sizes.hidden, layer.batch,
-          [&](const PersistentForm& form) { return Kernels<E>::resident(layer.cell, form); });
+      return persistent_recurrence(layer, [&](const PersistentForm& form) {
+        return Kernels<E>::resident(layer.cell, form);
+      });
     }
   }
   return {strategy};
@@ -153,7 +154,7 @@ Recurrence recurrence_of(const Layer& layer) {
 at::Tensor kept_weight(Strategy strategy, const at::Tensor& w);
 
 // What CTAs of persistent kernels exchange: memory where x is, for the longest part of time and
-// rows of `blocks` values a unit in half precision.
+// rows of `blocks` values a unit.
 at::Tensor exchange_memory(const Layer& layer, const at::Tensor& x, const std::vector<Steps>& parts,
                            int64_t blocks);
 
@@ -171,6 +172,9 @@ void in_launches(const Recurrence& how, int64_t batch, const at::Tensor& memory,
 // How many rows of so many bytes are worked on at a time in the products that are parallel over
 // time.
 inline int64_t rows_of_part(int64_t bytes) { return std::max<int64_t>(1, part_bytes() / bytes); }
+
+// cuDNN's switch, for a layer of float32.
+bool recurrence_uses_tf32(const Layer& layer);
 
 // While one lives, products follow cuDNN's switch for TF32 in recurrent layers, as torch.nn's
 // layers do, in place of cuBLAS's.

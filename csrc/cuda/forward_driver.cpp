@@ -109,8 +109,6 @@ class ForwardRun {
         OneCtaKernels<E>::forward(layer_.cell, whole(d, part, with, h, state), stream_);
         return;
       }
-    }
-    if constexpr (sizeof(E) == 2) {
       if (how_.strategy == Strategy::kPersistent) {
         const PartForward<E> p = whole(d, part, with, h, state);
         in_launches(how_, layer_.batch, exchanged_, part, [&](const Exchange& exchange) {

@@ -34,7 +34,7 @@ struct OneCtaKernels {
   static void backward(Cell cell, const PartBackward<E>& p, Stream stream);
 };
 
-// The same, hidden <= kPersistentUnits; E is half precision. CTAs wait for each other: no more of
+// The same, hidden <= most_persistent_units. CTAs wait for each other: no more of
 // them than `resident` tells of the current device and a form, or the launch fails.
 template <class E>
 struct PersistentForward {

@@ -73,7 +73,9 @@ void launch_blocks(const Body& body, int64_t rows, Stream stream) {
 template <class Body>
 int64_t resident_blocks() {
   const auto ask = [](int device) {
-    int each = 0, processors = 0;
+    int each = 0, processors = 0, shared = 0;
+    check_launch(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (shared < Body::kSharedBytes) return 0;
     check_launch(cudaFuncSetAttribute(in_blocks<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       Body::kSharedBytes));
     check_launch(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, in_blocks<Body>,
@@ -81,13 +83,13 @@ int64_t resident_blocks() {
     check_launch(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     return each * processors;
   };
-  static std::atomic<int> known[64];  // by device; 0: not asked yet
+  static std::atomic<int> known[64];  // by device, one more; 0: not asked yet
   int device = 0;
   check_launch(cudaGetDevice(&device));
   if (device >= 64) return ask(device);
   int found = known[device].load(std::memory_order_relaxed);
-  if (found == 0) known[device].store(found = ask(device), std::memory_order_relaxed);
-  return found;
+  if (found == 0) known[device].store(found = ask(device) + 1, std::memory_order_relaxed);
+  return found - 1;
 }
 
 // So many blocks, which wait for each other: all of them are resident, or the launch fails.

@@ -8,12 +8,12 @@
 FUSEDRNN_ISA_BEGIN
 
 // kDepths as forward: a warp has a multiple of them here.
-template <Cell kCell, class E, int kUnits, int kDepths, int kRows>
+template <Cell kCell, class E, Precision kPrecision, int kUnits, int kDepths, int kRows>
 struct PersistentBackwardBody {
   using S = Arithmetic<E>;
   using Unit = UnitBackward<kCell, E>;
   static constexpr int kGates = Unit::kBlocks.gates;
-  using Weights = PersistentProduct<E, 1, kGates, kUnits, kGates * kDepths, kRows, 16>;
+  using Weights = PersistentProduct<E, kPrecision, 1, kGates, kUnits, kGates * kDepths, kRows, 16>;
   static constexpr int kThreads = kPersistentThreads;
   static constexpr int kSharedBytes = Weights::kSharedBytes;
   static constexpr int kItems = PersistentShare<kUnits, kRows>::kItems;

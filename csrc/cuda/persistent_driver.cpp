@@ -4,20 +4,29 @@
 
 namespace fusedrnn {
 
-Recurrence persistent_recurrence(int64_t hidden, int64_t batch,
+Recurrence persistent_recurrence(const Layer& layer,
                                  const std::function<int64_t(const PersistentForm&)>& resident) {
-  // As many units as fit a CTA's registers: the more, the fewer CTAs read each row's state.
-  const int units = hidden <= 512 ? 32 : 16;
-  const int64_t ctas = persistent_units(hidden) / units;
+  const bool half = layer.dtype != at::kFloat;
+  const int64_t units = persistent_units(layer.sizes.hidden), batch = layer.batch;
+  const Precision precision = recurrence_uses_tf32(layer) ? Precision::kTf32 : Precision::kExact;
   Recurrence found{Strategy::kPerStep};
-  for (const int rows : {8, 16, 32}) {
-    if (rows == 32 && units == 32) break;  // its sums would not fit shared memory
-    const PersistentForm form = {units, rows};
-    const int64_t groups = resident(form) / ctas;
-    if (groups == 0) break;
-    const int64_t most = std::min(groups, (batch + rows - 1) / rows) * rows;
-    found = {Strategy::kPersistent, form, static_cast<int>(most)};
-    if (most >= batch) break;
+  for (const auto& is : kPersistentForms) {
+    constexpr int kWarps = 8, kBytes = 64;
+    const bool fits = units * (half ? 2 : 4) <= is.depths * kWarps * kBytes;
+    if (is.half > half || !fits) continue;
+    const PersistentForm form = {is.units, is.depths, is.rows, precision};
+    const int64_t groups = resident(form) / (units / form.units);
+    if (groups == 0) continue;
+    const int rows =
+        static_cast<int>(std::min(groups, (batch + form.rows - 1) / form.rows)) * form.rows;
+    // The whole batch at once, or more of it; then the least work for a CTA. Of two alike the
+    // first, with more units: fewer CTAs read each row's state.
+    const PersistentForm& best = found.form;
+    const bool none = found.strategy == Strategy::kPerStep;
+    const bool more = rows > found.rows && found.rows < batch;
+    const bool less = rows >= std::min<int64_t>(found.rows, batch) &&
+                      form.units * form.rows < best.units * best.rows;
+    if (none || more || less) found = {Strategy::kPersistent, form, rows};
   }
   return found;
 }
@@ -39,7 +48,7 @@ at::Tensor exchange_memory(const Layer& layer, const at::Tensor& x, const std::v
                            int64_t blocks) {
   int64_t steps = 0;
   for (const Steps part : parts) steps = std::max(steps, part.end - part.begin);
-  const int64_t words = blocks * persistent_units(layer.sizes.hidden) / 2;
+  const int64_t words = blocks * persistent_units(layer.sizes.hidden) * x.element_size() / 4;
   return at::empty({steps, layer.batch, words}, x.options().dtype(at::kInt));
 }
 

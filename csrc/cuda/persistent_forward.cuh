@@ -7,11 +7,11 @@
 FUSEDRNN_ISA_BEGIN
 
 // All CTAs must be resident together.
-template <Cell kCell, class E, int kUnits, int kDepths, int kRows>
+template <Cell kCell, class E, Precision kPrecision, int kUnits, int kDepths, int kRows>
 struct PersistentForwardBody {
   using S = Arithmetic<E>;
   using Unit = UnitForward<kCell, E>;
-  using Weights = PersistentProduct<E, Unit::kGates, 1, kUnits, kDepths, kRows, 10>;
+  using Weights = PersistentProduct<E, kPrecision, Unit::kGates, 1, kUnits, kDepths, kRows, 10>;
   static constexpr int kThreads = kPersistentThreads;
   static constexpr int kSharedBytes = Weights::kSharedBytes;
   static constexpr int kItems = PersistentShare<kUnits, kRows>::kItems;

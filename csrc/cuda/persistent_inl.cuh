@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdexcept>
+#include <type_traits>
 
 #include "cuda/launch.cuh"
 #include "cuda/persistent_backward.cuh"
@@ -9,17 +10,31 @@
 
 namespace fusedrnn {
 
-// Calls f with the kernel for a cell and a form: the forms of persistent_form, in walk.cpp.
-template <template <Cell, class, int, int, int> class Body, class E, class F>
+// Calls f with the kernel for a cell and a form of kPersistentForms.
+template <template <Cell, class, Precision, int, int, int> class Body, class E, class F>
 auto with_persistent_body(Cell cell, const PersistentForm& form, const F& f) {
-  const auto of_cell = [&]<Cell kCell>() {
-    if (form.units == 32) {
-      if (form.rows == 8) return f.template operator()<Body<kCell, E, 32, 2, 8>>();
-      return f.template operator()<Body<kCell, E, 32, 2, 16>>();
+  const auto of_precision = [&]<Cell kCell, Precision kPrecision>() {
+    if constexpr (sizeof(E) == 2) {
+      if (form.units == 32) {
+        if (form.rows == 8) return f.template operator()<Body<kCell, E, kPrecision, 32, 2, 8>>();
+        return f.template operator()<Body<kCell, E, kPrecision, 32, 2, 16>>();
+      }
     }
-    if (form.rows == 8) return f.template operator()<Body<kCell, E, 16, 4, 8>>();
-    if (form.rows == 16) return f.template operator()<Body<kCell, E, 16, 4, 16>>();
-    return f.template operator()<Body<kCell, E, 16, 4, 32>>();
+    if (form.depths == 4) {
+      if (form.rows == 8) return f.template operator()<Body<kCell, E, kPrecision, 16, 4, 8>>();
+      if (form.rows == 16) return f.template operator()<Body<kCell, E, kPrecision, 16, 4, 16>>();
+      return f.template operator()<Body<kCell, E, kPrecision, 16, 4, 32>>();
+    }
+    if (form.rows == 8) return f.template operator()<Body<kCell, E, kPrecision, 16, 8, 8>>();
+    return f.template operator()<Body<kCell, E, kPrecision, 16, 8, 16>>();
+  };
+  const auto of_cell = [&]<Cell kCell>() {
+    if constexpr (std::is_same_v<E, float>) {
+      if (form.precision == Precision::kTf32) {
+        return of_precision.template operator()<kCell, Precision::kTf32>();
+      }
+    }
+    return of_precision.template operator()<kCell, Precision::kExact>();
   };
   switch (cell) {
     case Cell::kLstm:
@@ -34,12 +49,12 @@ auto with_persistent_body(Cell cell, const PersistentForm& form, const F& f) {
   throw std::logic_error("no cell");
 }
 
-template <template <Cell, class, int, int, int> class Body, class E>
+template <template <Cell, class, Precision, int, int, int> class Body, class E>
 int64_t resident_persistent(Cell cell, const PersistentForm& form) {
   return with_persistent_body<Body, E>(cell, form, [&]<class B>() { return resident_blocks<B>(); });
 }
 
-template <template <Cell, class, int, int, int> class Body, class E, class Params>
+template <template <Cell, class, Precision, int, int, int> class Body, class E, class Params>
 void launch_persistent(Cell cell, const Params& p, const Exchange& exchange, Stream stream) {
   const PersistentForm& form = exchange.form;
   const int64_t across = persistent_units(p.hidden) / form.units;

@@ -10,6 +10,8 @@
 // has two such halves, and so a lane all gates of a unit.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/block.cuh"
 #include "cuda/fragment_map.h"
 #include "cuda/steps.h"
@@ -62,15 +64,19 @@ class PersistentShare {
 };
 
 // v has kBlocks blocks of units, one value each; W kGates rows a unit. A warp has at most kDepths
-// times 32 columns of W. Its threads need kOwn registers more for each of their items.
-template <class E, int kGates, int kBlocks, int kUnits, int kDepths, int kRows, int kOwn>
+// times 64 bytes of a row of W. Its threads need kOwn registers more for each of their items.
+template <class E, Precision kPrecision, int kGates, int kBlocks, int kUnits, int kDepths,
+          int kRows, int kOwn>
 class PersistentProduct {
   using Share = PersistentShare<kUnits, kRows>;
   static constexpr int kWarps = kPersistentThreads / kWarp;
   static constexpr int kHalf = 8;
   static constexpr int kTiles = kUnits * kGates / (2 * kHalf);
-  // Rows of the batch: eight a tile, two tiles at once, in turns.
-  static constexpr int kAtOnce = kRows == 8 ? 1 : 2;
+  static constexpr int kPerWord = 4 / sizeof(E);
+  static constexpr int kDepthWords = 16;  // of the four lanes of a group
+  // Rows of the batch: eight a tile, two tiles at once where the registers hold their sums, in
+  // turns.
+  static constexpr int kAtOnce = kRows == 8 || (kTiles > 2 && kTiles * kDepths > 31) ? 1 : 2;
   static constexpr int kTurns = kRows / (8 * kAtOnce);
   static_assert(kUnits % (2 * kHalf) == 0 && kRows % (8 * kAtOnce) == 0);
   // A unit's sums, 16 bytes where there is more than one; rows lie so that the lanes of a store
@@ -78,15 +84,27 @@ class PersistentProduct {
   static constexpr int kWidth = kGates == 1 ? 1 : 4;
   static constexpr int kRowOfSums = (kUnits + 1) * kWidth;
   static constexpr int kSums = kRows * kRowOfSums;  // of one warp
-  // Loads under way beside those that are multiplied: as many as the registers leave room for,
-  // after the weights, the sums and all else.
+
+  // Weights: 128 registers of them, the rest in shared memory.
+  static constexpr int kHeld = kTiles * kDepths <= 16 ? kDepths : kTiles == 3 ? 4 : 16 / kTiles;
+  static constexpr int kLaid = kDepths - kHeld;
+  // Loads of v are waited for in groups, while those of the next are under way: as many as the
+  // registers leave room for after the weights, the sums and all else.
   static constexpr int kFree =
-      kFreeRegisters - 8 * kTiles * kDepths - 4 * kTiles * kAtOnce - kOwn * Share::kItems;
-  static constexpr int kRoom = kFree / (4 * kAtOnce) - 1;
-  static constexpr int kAhead = kRoom < 1 ? 1 : kRoom < kDepths ? kRoom : kDepths;
+      kFreeRegisters - 8 * kTiles * kHeld - 4 * kTiles * kAtOnce - kOwn * Share::kItems;
+  static constexpr int kRoom = kFree / (4 * kAtOnce);
+  static constexpr int kGroup = kRoom >= kHeld && kLaid == 0 ? kHeld
+                                : kRoom < 4                  ? 1
+                                : kRoom < 8                  ? 2
+                                                             : 4;
+  static constexpr int kGroups = (kHeld + kGroup - 1) / kGroup;
+  static_assert(kLaid == 0 || kHeld % kGroup == 0);
+
+  using Loads = Words[kGroup][kAtOnce];
 
  public:
-  static constexpr int kSharedBytes = 2 * kWarps * kSums * int{sizeof(float)};
+  static constexpr int kSharedBytes = 2 * kWarps * kSums * int{sizeof(float)} +
+                                      kLaid * kTiles * 2 * kPersistentThreads * int{sizeof(Words)};
 
   // w: (kGates, U, kBlocks * U), U = share.units().
   FUSEDRNN_D PersistentProduct(const Block& block, const Share& share, const E* w,
@@ -95,61 +113,64 @@ class PersistentProduct {
         share_(share),
         lane_(lane_of(block.thread())),
         warp_(block.thread() / kWarp),
-        depths_(kBlocks * share.units() / kTileDepth - warp_),
+        depths_(row_words() / kDepthWords - warp_),
         words_(exchange.words),
         batch_(batch) {
-    FUSEDRNN_UNROLL
-    for (int t = 0; t < kTiles; ++t) {
-      FUSEDRNN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int j = 2 * t + half;
-        const int row = j % kGates * share.units() + share.first_unit() + j / kGates * kHalf;
-        const E* from = w + static_cast<int64_t>(row + lane_.group) * width() + lane_depth(lane_);
-        FUSEDRNN_UNROLL
-        for (int s = 0; s < kDepths; ++s) {
-          Words piece = {};
-          if (has(s)) piece = *reinterpret_cast<const Words*>(from + depth(s) * kTileDepth);
-          FUSEDRNN_UNROLL
-          for (int call = 0; call < 2; ++call) {
-            w_[t][s][call][half] = piece.word[2 * call];
-            w_[t][s][call][half + 2] = piece.word[2 * call + 1];
-          }
-        }
-      }
+    FUSEDRNN_ONE_BY_ONE
+    for (int s = kHeld; s < kDepths; ++s) {
+      for_each_half([&](int t, int half) { *laid(t, s, half) = weights(w, t, half, s); });
     }
+    for_each_half([&](int t, int half) {
+      FUSEDRNN_UNROLL
+      for (int s = 0; s < kHeld; ++s) w_[t][s][half] = weights(w, t, half, s);
+    });
   }
 
   // Hands the other CTAs the value of v, of step i, that the thread's k-th item has in a block. All
   // threads together.
   FUSEDRNN_D void publish(int64_t i, int k, int block, float value) const {
     if (!share_.works()) return;
-    const float next = block_.of_lane_across(value, 1);  // of the next unit, where this one is even
-    if (block_.thread() % 2 != 0 || !share_.has_row(k)) return;
-    E low, high;
-    store(&low, value);
-    store(&high, next);
-    block_.store_relaxed(words(i, share_.row(k), block * share_.units() + share_.unit()),
-                         publishable(low.bits | uint32_t{high.bits} << 16));
+    const int column = block * share_.units() + share_.unit();
+    uint32_t* to = words(i, share_.row(k)) + column / kPerWord;
+    uint32_t word;
+    if constexpr (std::is_same_v<E, float>) {
+      word = bits_of(value);
+      if (kPrecision == Precision::kTf32) word = block_.to_tf32(word);
+      if (!share_.has_row(k)) return;
+    } else {
+      // Of the next unit, where this one is even.
+      const float next = block_.of_lane_across(value, 1);
+      if (block_.thread() % 2 != 0 || !share_.has_row(k)) return;
+      E low, high;
+      store(&low, value);
+      store(&high, next);
+      word = low.bits | uint32_t{high.bits} << 16;
+    }
+    block_.store_relaxed(to, publishable(word));
   }
 
   // This thread's share of the sums of step i, into one of two buffers, to be taken in turns. Waits
   // for all that the CTAs publish of it.
   FUSEDRNN_D void run(int64_t i, int buffer) const {
     const uint32_t* from =
-        words(i, share_.first_row() + lane_.group, warp_ * kTileDepth + lane_depth(lane_));
+        words(i, share_.first_row() + lane_.group) + warp_ * kDepthWords + 4 * lane_.quad;
     FUSEDRNN_ONE_BY_ONE
     for (int turn = 0; turn < kTurns; ++turn) {
       float c[kTiles][kAtOnce][4] = {};
-      Words v[kDepths][kAtOnce];
+      Loads v[2];
+      get(v[0], from, turn, 0);
       FUSEDRNN_UNROLL
-      for (int s = 0; s < kAhead; ++s) get(v[s], from, turn, s);
-      FUSEDRNN_UNROLL
-      for (int s = 0; s < kDepths; ++s) {
-        if (s + kAhead < kDepths) get(v[s + kAhead], from, turn, s + kAhead);
-        if (!has(s)) continue;
-        wait_for(v[s], from, turn, s);
-        multiply(c, s, v[s]);
+      for (int group = 0; group < kGroups; ++group) {
+        if (group + 1 < kGroups || kLaid > 0) {
+          get(v[(group + 1) % 2], from, turn, (group + 1) * kGroup);
+        }
+        wait_for(v[group % 2], from, turn, group * kGroup);
+        FUSEDRNN_UNROLL
+        for (int s = group * kGroup; s < (group + 1) * kGroup && s < kHeld; ++s) {
+          if (has(s)) multiply(c, v[group % 2][s - group * kGroup], held(s));
+        }
       }
+      if constexpr (kLaid > 0) add_laid(c, v[kGroups % 2], from, turn);
       leave(c, buffer, turn);
     }
   }
@@ -172,32 +193,68 @@ class PersistentProduct {
     float gate[kWidth];
   };
 
-  FUSEDRNN_D int width() const { return kBlocks * share_.units(); }
-  FUSEDRNN_D int depth(int s) const { return s * kWarps + warp_; }
+  template <class F>
+  static FUSEDRNN_D void for_each_half(const F& f) {
+    FUSEDRNN_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      f(t, 0);
+      f(t, 1);
+    }
+  }
+
+  // 16 bytes of a row of W.
+  FUSEDRNN_D Words weights(const E* w, int t, int half, int s) const {
+    if (!has(s)) return {};
+    const int j = 2 * t + half;
+    const int row = j % kGates * share_.units() + share_.first_unit() + j / kGates * kHalf;
+    Words piece =
+        *reinterpret_cast<const Words*>(reinterpret_cast<const uint32_t*>(w) +
+                                        static_cast<int64_t>(row + lane_.group) * row_words() +
+                                        (s * kWarps + warp_) * kDepthWords + 4 * lane_.quad);
+    if constexpr (std::is_same_v<E, float> && kPrecision == Precision::kTf32) {
+      FUSEDRNN_UNROLL
+      for (uint32_t& word : piece.word) word = block_.to_tf32(word);
+    }
+    return piece;
+  }
+
+  FUSEDRNN_D int row_words() const { return kBlocks * share_.units() / kPerWord; }
+  // Of k, the warp's s-th: those of all warps lie between two of them.
   FUSEDRNN_D bool has(int s) const { return s * kWarps < depths_; }
-  FUSEDRNN_D uint32_t* words(int64_t i, int64_t row, int column) const {
-    return words_ + (i * batch_ + row) * (width() / 2) + column / 2;
+  FUSEDRNN_D uint32_t* words(int64_t i, int64_t row) const {
+    return words_ + (i * batch_ + row) * row_words();
   }
   FUSEDRNN_D Sums* sums(int buffer, int warp, int row, int unit) const {
     float* to = reinterpret_cast<float*>(block_.shared());
     return reinterpret_cast<Sums*>(to + (buffer * kWarps + warp) * kSums + row * kRowOfSums +
                                    unit * kWidth);
   }
+  // A thread's own weights in shared memory, 16 bytes beside those of the next thread.
+  FUSEDRNN_D Words* laid(int t, int s, int half) const {
+    return reinterpret_cast<Words*>(sums(2, 0, 0, 0)) +
+           (((s - kHeld) * kTiles + t) * 2 + half) * kPersistentThreads + block_.thread();
+  }
 
-  // Rows beyond the last one are zeros, and not waited for.
+  // Rows beyond the last one, and k beyond the last, are zeros, and not waited for.
   FUSEDRNN_D Words get(const uint32_t* from, int turn, int s, int n) const {
     const int row = 8 * (turn * kAtOnce + n);
-    if (!share_.has_row_of_cta(row + lane_.group)) return {};
-    return block_.load_relaxed(from + row * (width() / 2) + s * (kWarps * kTileDepth / 2));
+    if (!has(s) || !share_.has_row_of_cta(row + lane_.group)) return {};
+    return block_.load_relaxed(from + row * row_words() + s * (kWarps * kDepthWords));
   }
-  FUSEDRNN_D void get(Words (&v)[kAtOnce], const uint32_t* from, int turn, int s) const {
+  FUSEDRNN_D void get(Loads& v, const uint32_t* from, int turn, int first) const {
     FUSEDRNN_UNROLL
-    for (int n = 0; n < kAtOnce; ++n) v[n] = has(s) ? get(from, turn, s, n) : Words{};
+    for (int s = 0; s < kGroup; ++s) {
+      FUSEDRNN_UNROLL
+      for (int n = 0; n < kAtOnce; ++n) {
+        v[s][n] = first + s < kDepths ? get(from, turn, first + s, n) : Words{};
+      }
+    }
   }
-  FUSEDRNN_D void wait_for(Words (&v)[kAtOnce], const uint32_t* from, int turn, int s) const {
+  FUSEDRNN_D void wait_for(Loads& v, const uint32_t* from, int turn, int first) const {
     uint64_t since = 0;
     const bool all = await(
-        v, [&](int n) { return get(from, turn, s, n); },
+        reinterpret_cast<Words(&)[kGroup * kAtOnce]>(v),
+        [&](int k) { return get(from, turn, first + k / kAtOnce, k % kAtOnce); },
         [&] {
           const uint64_t now = block_.nanoseconds();
           if (since == 0) since = now;
@@ -207,17 +264,59 @@ class PersistentProduct {
     if (!all) block_.give_up();
   }
 
-  FUSEDRNN_D void multiply(float (&c)[kTiles][kAtOnce][4], int s, const Words (&v)[kAtOnce]) const {
+  FUSEDRNN_D auto held(int s) const {
+    return [this, s](int t, int half) -> const Words& { return w_[t][s][half]; };
+  }
+
+  // The depths whose weights lie in shared memory, of which `v` holds the first group.
+  FUSEDRNN_D void add_laid(float (&c)[kTiles][kAtOnce][4], Loads& v, const uint32_t* from,
+                           int turn) const {
+    FUSEDRNN_ONE_BY_ONE
+    for (int first = kGroups * kGroup; has(first) && first < kDepths; first += kGroup) {
+      wait_for(v, from, turn, first);
+      FUSEDRNN_UNROLL
+      for (int s = 0; s < kGroup; ++s) {
+        if (!has(first + s) || first + s >= kDepths) continue;
+        multiply(c, v[s], [&](int t, int half) { return *laid(t, first + s, half); });
+      }
+      get(v, from, turn, first + kGroup);
+    }
+  }
+
+  // weights(t, half): 16 bytes of a row of W.
+  template <class Weights>
+  FUSEDRNN_D void multiply(float (&c)[kTiles][kAtOnce][4], const Words (&v)[kAtOnce],
+                           const Weights& weights) const {
     FUSEDRNN_UNROLL
-    for (int n = 0; n < kAtOnce; ++n) {
+    for (int t = 0; t < kTiles; ++t) {
+      const Words low = weights(t, 0), high = weights(t, 1);
       FUSEDRNN_UNROLL
       for (int call = 0; call < 2; ++call) {
+        const uint32_t a[4] = {low.word[2 * call], high.word[2 * call], low.word[2 * call + 1],
+                               high.word[2 * call + 1]};
         FUSEDRNN_UNROLL
-        for (int t = 0; t < kTiles; ++t) {
-          block_.multiply_add(E{}, c[t][n], w_[t][s][call], v[n].word[2 * call],
-                              v[n].word[2 * call + 1]);
+        for (int n = 0; n < kAtOnce; ++n) {
+          multiply_add(c[t][n], a, v[n].word[2 * call], v[n].word[2 * call + 1]);
         }
       }
+    }
+  }
+  FUSEDRNN_D void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                               uint32_t b1) const {
+    if constexpr (std::is_same_v<E, float> && kPrecision == Precision::kExact) {
+      uint32_t head[4], tail[4];
+      FUSEDRNN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        // Or the tails of all weights would be computed once, and take as many registers.
+        head[i] = tf32_head(block_.unknown(a[i]));
+        tail[i] = tf32_tail(block_.unknown(a[i]));
+      }
+      const uint32_t h0 = tf32_head(b0), h1 = tf32_head(b1);
+      block_.multiply_add(E{}, c, tail, h0, h1);
+      block_.multiply_add(E{}, c, head, tf32_tail(b0), tf32_tail(b1));
+      block_.multiply_add(E{}, c, head, h0, h1);
+    } else {
+      block_.multiply_add(E{}, c, a, b0, b1);
     }
   }
 
@@ -248,7 +347,7 @@ class PersistentProduct {
   const int depths_;  // of k, from the warp's first on
   uint32_t* const words_;
   const int64_t batch_;
-  uint32_t w_[kTiles][kDepths][2][4];
+  Words w_[kTiles][kHeld][2];
 };
 
 }  // namespace fusedrnn

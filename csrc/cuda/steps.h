@@ -232,11 +232,29 @@ inline constexpr int64_t one_cta_units(int64_t hidden) { return hidden <= 64 ? 6
 // The units U = V of the persistent kernels: whole tiles of k.
 FUSEDRNN_HD constexpr int64_t persistent_units(int64_t hidden) { return (hidden + 31) / 32 * 32; }
 
+// How float32 values are multiplied on tensor cores, which take the first 11 bits of each.
+enum class Precision {
+  kExact,  // a value's first bits and its next ones in turns: heads with heads, heads with tails.
+           // What is left out is 2^-22 of a product; infinity times a tail of zero is NaN
+  kTf32,   // values rounded to 11 bits, as cuDNN does where it may
+};
+
 // How the persistent kernels share a layer out: a CTA has `units` of the hidden units, with all
 // their gates, and `rows` rows of the batch. CTAs with the same rows exchange what W_hh multiplies.
+// A warp has `depths` times 64 bytes of a row of W_hh.
 struct PersistentForm {
-  int units, rows;
+  int units, depths, rows;
+  Precision precision;  // of float32
 };
+
+// The forms that there are. Sums of more rows would not fit shared memory, and weights of more
+// units not a CTA.
+inline constexpr struct {
+  int units, depths, rows;
+  bool half;  // there for half precision only
+} kPersistentForms[] = {{32, 2, 8, true},   {32, 2, 16, true},  {16, 4, 8, false},
+                        {16, 4, 16, false}, {16, 4, 32, false}, {16, 8, 8, false},
+                        {16, 8, 16, false}};
 
 // What the CTAs of a persistent kernel have beside the part.
 struct Exchange {

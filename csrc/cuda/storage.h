@@ -80,6 +80,28 @@ inline Half round_to_half(float value) {
 
 }  // namespace host
 
+FUSEDRNN_HD uint32_t bits_of(float value) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(value);
+#else
+  return host::bits_of_float(value);
+#endif
+}
+FUSEDRNN_HD float float_of(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  return host::float_of_bits(bits);
+#endif
+}
+
+// The bits of a float that tensor cores take of it, and of what is left: 11 of 24 bits, and more
+// than the next 11. The two add up to the float.
+FUSEDRNN_HD uint32_t tf32_head(uint32_t bits) { return bits & 0xFFFFE000u; }
+FUSEDRNN_HD uint32_t tf32_tail(uint32_t bits) {
+  return bits_of(float_of(bits) - float_of(tf32_head(bits)));
+}
+
 // ---- load and store -----------------------------------------------------------------------------
 
 FUSEDRNN_HD float load(const float* from) { return *from; }

@@ -69,18 +69,25 @@ int64_t Walk::most_rows(const std::vector<Steps>& parts) const {
   return most;
 }
 
+namespace {
+
+at::Float32Precision precision_of(at::Float32Op op) {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, op);
+}
+
+}  // namespace
+
+bool recurrence_uses_tf32(const Layer& layer) {
+  return layer.dtype == at::kFloat &&
+         precision_of(at::Float32Op::RNN) == at::Float32Precision::TF32;
+}
+
 RecurrentPrecision::RecurrentPrecision(const Layer& layer) {
-  using at::Float32Backend;
-  using at::Float32Op;
-  using at::Float32Precision;
   if (layer.dtype != at::kFloat) return;
   at::Context& context = at::globalContext();
-  const auto precision = [&](Float32Op op) {
-    return context.float32Precision(Float32Backend::CUDA, op);
-  };
-  const Float32Precision products = precision(Float32Op::MATMUL);
-  const bool wanted = precision(Float32Op::RNN) == Float32Precision::TF32;
-  if (wanted == (products == Float32Precision::TF32)) return;
+  const at::Float32Precision products = precision_of(at::Float32Op::MATMUL);
+  const bool wanted = recurrence_uses_tf32(layer);
+  if (wanted == (products == at::Float32Precision::TF32)) return;
   if (wanted) {
     before_ = products;
     context.setAllowTF32CuBLAS(true);  // the older switch too: torch wants both to agree

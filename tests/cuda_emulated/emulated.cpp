@@ -22,8 +22,10 @@ template struct fusedrnn::Kernels<fusedrnn::Half>;
 template struct fusedrnn::OneCtaKernels<float>;
 template struct fusedrnn::OneCtaKernels<fusedrnn::BFloat16>;
 template struct fusedrnn::OneCtaKernels<fusedrnn::Half>;
+template struct fusedrnn::PersistentForward<float>;
 template struct fusedrnn::PersistentForward<fusedrnn::BFloat16>;
 template struct fusedrnn::PersistentForward<fusedrnn::Half>;
+template struct fusedrnn::PersistentBackward<float>;
 template struct fusedrnn::PersistentBackward<fusedrnn::BFloat16>;
 template struct fusedrnn::PersistentBackward<fusedrnn::Half>;
 
@@ -116,6 +118,19 @@ at::Tensor reversed_in_block(const std::string& fault) {
   return to;
 }
 
+// The persistent kernels' form for a layer: units, depths, rows, and rows of the batch a launch.
+std::vector<int64_t> persistent_form(const std::string& mode, const at::Tensor& x,
+                                     const OptionalTensor& lengths,
+                                     const OptionalTensor& batch_sizes, const OptionalTensor& reset,
+                                     const OptionalTensor& h0, const OptionalTensor& c0,
+                                     at::TensorList params, bool has_biases, bool bidirectional) {
+  const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
+  const Layer layer(mode, in, has_biases, bidirectional);
+  Recurrence how{};
+  with_storage(layer, [&]<class E>() { how = recurrence_of<PersistentForward, E>(layer); });
+  return {how.form.units, how.form.depths, how.form.rows, how.rows};
+}
+
 // What multiply() saw since the last call.
 std::vector<int64_t> take_products() {
   const std::vector<bool> seen = std::exchange(products_with_tf32, {});
@@ -140,6 +155,10 @@ TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def("fail_after(int products) -> ()", [](int64_t n) { products_until_failure = n; });
   m.def("set_part_bytes(int bytes) -> ()", [](int64_t bytes) { bytes_of_part = bytes; });
   m.def("take_products() -> int[]", take_products);
+  m.def(
+      "persistent_form(str mode, Tensor x, Tensor? lengths, Tensor? batch_sizes, Tensor? reset, "
+      "Tensor? h0, Tensor? c0, Tensor[] params, bool has_biases, bool bidirectional) -> int[]",
+      persistent_form);
   m.def("reversed_in_block(str fault) -> Tensor", reversed_in_block);
   m.def("set_turns(int turns) -> ()", [](int64_t t) { turns = static_cast<Turns>(t); });
   m.def("set_device(int most_together, int clock_rate=1, int lost=-1) -> ()",

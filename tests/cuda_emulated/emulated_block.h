@@ -146,8 +146,9 @@ class EmulatedBlock {
     return static_cast<uint64_t>(clock_rate * std::chrono::nanoseconds(now).count());
   }
 
-  // As the PTX ISA spreads a, b and c over lanes; `Value` widens one of a register's two values.
-  template <class Value>
+  // As the PTX ISA spreads a, b and c over lanes: a register has kPerWord values, `value` widens
+  // one of them.
+  template <int kPerWord, class Value>
   void multiply_add(int thread, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                     const Value& value) {
     Lane& mine = show(thread);
@@ -158,8 +159,8 @@ class EmulatedBlock {
     const int group = thread % kWarp / 4, quad = thread % 4;
     for (int i = 0; i < 4; ++i) {
       const int row_half = i / 2, column = 2 * quad + i % 2;
-      for (int k = 0; k < 16; ++k) {
-        const int k_half = k / 8, holder = k % 8 / 2, which = k % 2;
+      for (int k = 0; k < 8 * kPerWord; ++k) {
+        const int k_half = k / (4 * kPerWord), holder = k / kPerWord % 4, which = k % kPerWord;
         const float left = value(seen(thread, 4 * group + holder).a[2 * k_half + row_half], which);
         const float right = value(seen(thread, 4 * column + holder).b[k_half], which);
         c[i] += left * right;
@@ -261,12 +262,21 @@ class Block {
   void store_relaxed(uint32_t* to, uint32_t word) const { block_.store_relaxed(to, word); }
   uint64_t nanoseconds() const { return block_.nanoseconds(); }
   void give_up() const { throw std::runtime_error("a block waited for the others for too long"); }
+  uint32_t unknown(uint32_t word) const { return word; }
+  uint32_t to_tf32(uint32_t bits) const {
+    const bool finite = (bits & 0x7f800000) != 0x7f800000;
+    return (finite ? bits + 0x1000 : bits) & 0xffffe000;
+  }
   template <class E>
   void multiply_add(E, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const {
-    block_.multiply_add(thread_, c, a, b0, b1, [](uint32_t word, int which) {
+    block_.multiply_add<2>(thread_, c, a, b0, b1, [](uint32_t word, int which) {
       const E value = {static_cast<uint16_t>(word >> 16 * which)};
       return load(&value);
     });
+  }
+  void multiply_add(float, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const {
+    block_.multiply_add<1>(thread_, c, a, b0, b1,
+                           [](uint32_t word, int) { return float_of(tf32_head(word)); });
   }
 
  private:

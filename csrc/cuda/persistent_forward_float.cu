@@ -1,0 +1,3 @@
+#include "cuda/persistent_inl.cuh"
+
+template struct fusedrnn::PersistentForward<float>;
