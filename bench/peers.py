@@ -7,6 +7,7 @@ torch.nn's in float64: a peer with swapped gates would be just as quick.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -109,6 +110,9 @@ def onnxruntime_call(model: bytes, x: np.ndarray, threads: int) -> Callable[[], 
 
 
 def openvino_call(model: bytes, x: np.ndarray, threads: int) -> Callable[[], list[np.ndarray]]:
+    # Without its telemetry, which would send what it counts from a process of its own, and take a
+    # second of a core beside what is timed.
+    sys.modules.setdefault("openvino_telemetry", None)
     import openvino
 
     core = openvino.Core()

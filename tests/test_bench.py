@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -303,6 +305,22 @@ def fail() -> None:
     raise peers.WrongResult("gates swapped")
 
 
+def let_another_spend(seconds: float) -> None:
+    code = f"import time\nwhile time.process_time() < {seconds}: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def telemetry_of_openvino() -> object:
+    peers.forward_calls("rnn", SMALL, ["openvino"], 1)
+    return sys.modules.get("openvino_telemetry")
+
+
+@pytest.mark.skipif("openvino" not in peers.installed_peers(), reason="needs OpenVINO and onnx")
+def test_openvino_sends_nothing() -> None:
+    """Its telemetry would run beside what is timed."""
+    assert alone.alone(telemetry_of_openvino)[0] is None
+
+
 def test_each_measurement_has_a_process_of_its_own() -> None:
     torch.randn(300, 300).mm(torch.randn(300, 300))  # this process has threads
     (first, threads), seconds = alone.alone(where_and_how, 0.2)
@@ -310,6 +328,7 @@ def test_each_measurement_has_a_process_of_its_own() -> None:
     assert len({first, second, os.getpid()}) == 3
     assert threads == 1, "nothing ran before"
     assert 0.2 <= seconds < 2.0
+    assert alone.alone(let_another_spend, 0.3)[1] >= 0.3, "its children's seconds are its own"
     with pytest.raises(peers.WrongResult, match="gates swapped"):
         alone.alone(fail)
 
