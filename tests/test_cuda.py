@@ -220,6 +220,43 @@ def test_the_current_stream(strategy: str, dtype: torch.dtype, cell: str) -> Non
     assert oracle.same_bits(found, right)
 
 
+@pytest.mark.parametrize("cell", oracle.CELLS)
+@each_strategy
+def test_beside_other_work(strategy: str, dtype: torch.dtype, cell: str) -> None:
+    """Two calls at a time on two streams, and products on a third that take what is left."""
+    module = net(cell, dtype, bidirectional=True)
+    x = [torch.randn(60, B, INPUT, device="cuda", dtype=dtype) for _ in range(2)]
+    right = [train(module, one) for one in x]
+    large = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        with torch.cuda.stream(streams[2]):
+            for _ in range(4):
+                torch.mm(large, large)
+        found = []
+        for stream, one in zip(streams, x, strict=False):
+            with torch.cuda.stream(stream):
+                found.append(train(module, one))
+        torch.cuda.synchronize()
+        assert all(oracle.same_bits(f, r) for f, r in zip(found, right, strict=True))
+
+
+@each_dtype
+def test_many_launches(strategy: str, dtype: torch.dtype) -> None:
+    """Some thousand, which start sooner or later after those before: every one is the first's."""
+    module = net("LSTM", dtype)
+    x = torch.randn(7, 9, INPUT, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        right = module(x)[0]
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for launch in range(5000):
+            if launch % 3 == 0:
+                torch.cuda._sleep(launch * 7919 % 20_000)
+            wrong += (module(x)[0] != right).any()
+    assert wrong.item() == 0
+
+
 def test_another_device() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

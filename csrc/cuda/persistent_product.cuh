@@ -1,10 +1,10 @@
-// W v for a CTA's share of W, which stays in its registers, and a v that all CTAs with the same
-// rows of the batch make together, step by step, and hand each other through memory.
+// W v for a CTA's share of W, which stays in its registers and shared memory, and a v that all CTAs
+// with the same rows of the batch make together, step by step, and hand each other through memory.
 //
-// The warps of a CTA share out k, 32 at a time in turns: each gets its k of v straight into the
-// registers that the tensor cores multiply (fragment_map.h), and leaves its share of the sums in
-// shared memory. Once the CTA has met, a thread adds the shares up, in a fixed order, for the units
-// and rows that are its own.
+// The warps of a CTA share out k, 64 bytes of it at a time in turns: each gets its k of v straight
+// into the registers that the tensor cores multiply (fragment_map.h; of floats a lane has half as
+// many), and leaves its share of the sums in shared memory. Once the CTA has met, a thread adds the
+// shares up, in a fixed order, for the units and rows that are its own.
 //
 // Rows of W are taken eight at a time: those of one gate of eight units. A tile of the tensor cores
 // has two such halves, and so a lane all gates of a unit.
@@ -73,7 +73,7 @@ class PersistentProduct {
   static constexpr int kHalf = 8;
   static constexpr int kTiles = kUnits * kGates / (2 * kHalf);
   static constexpr int kPerWord = 4 / sizeof(E);
-  static constexpr int kDepthWords = 16;  // of the four lanes of a group
+  static constexpr int kDepthWords = 16;  // of k, that the four lanes of a group load at once
   // Rows of the batch: eight a tile, two tiles at once where the registers hold their sums, in
   // turns.
   static constexpr int kAtOnce = kRows == 8 || (kTiles > 2 && kTiles * kDepths > 31) ? 1 : 2;
