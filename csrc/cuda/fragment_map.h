@@ -4,8 +4,8 @@
 // A lane is 4 * group + quad. Of a tile of W (16 units, 32 k) it holds units `group` and
 // `group + 8`, k 8 quad to 8 quad + 7: 16 bytes that lie together in a row of W. The instruction
 // takes 16 k at a time and does not care which, as long as W and h agree: its first call gets the
-// lane's first four, its second the others. Of floats, which m16n8k8 takes, 16 bytes are four k, and
-// the rest is the same.
+// lane's first four, its second the others. Of floats, which m16n8k8 takes, 16 bytes are four k,
+// and the rest is the same.
 //
 // Columns of h are rows of the batch. A warp has two of them and fills the eight columns with both
 // in turn: then every lane is left with the same four sums as the three others of its group, and
