@@ -40,9 +40,21 @@ DTYPES_OF = {
 MODES_OF = {"per_step": MODES, "one_cta": oracle.MODES, "persistent": oracle.MODES}
 
 
-def ways(*strategies: str) -> list[tuple[str, str, torch.dtype]]:
-    """A strategy, a mode and the first dtype that it can run."""
-    return [(s, mode, DTYPES_OF[s][0]) for s in strategies for mode in MODES_OF[s]]
+# One for each way in which values are kept and multiplied.
+KINDS = (torch.float32, torch.bfloat16)
+
+
+def ways(
+    *strategies: str, dtypes: tuple[torch.dtype, ...] = KINDS
+) -> list[tuple[str, str, torch.dtype]]:
+    """A strategy, a mode and a dtype, of those that it can run."""
+    return [
+        (s, mode, dtype)
+        for s in strategies
+        for mode in MODES_OF[s]
+        for dtype in dtypes
+        if dtype in DTYPES_OF[s]
+    ]
 
 
 def each_of(cases: list[tuple[Any, ...]], *names: str) -> pytest.MarkDecorator:
@@ -51,7 +63,7 @@ def each_of(cases: list[tuple[Any, ...]], *names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("strategy", *names), cases, ids=ids, indirect=["strategy"])
 
 
-each_way = each_of(ways(*DTYPES_OF), "mode", "dtype")
+each_way = each_of(ways(*DTYPES_OF), "mode", "dtype")  # of KINDS
 each_case = each_of(
     [
         (strategy, mode, form, dtype)

@@ -116,10 +116,9 @@ def test_sizes_beyond_a_block(ops: Any, mode: str, batch: int, hidden_size: int)
 def smooth(strategy: str) -> list[tuple[str, str, torch.dtype]]:
     """In half precision relu's kink turns roundings into errors: any kernel's, and torch.nn's."""
     return [
-        (strategy, mode, dtype)
-        for mode in cuda_cases.MODES_OF[strategy]
-        for dtype in cuda_cases.DTYPES_OF[strategy]
-        if dtype == torch.float32 or mode != "RNN_RELU"
+        way
+        for way in cuda_cases.ways(strategy, dtypes=cuda_cases.DTYPES)
+        if way[2] == torch.float32 or way[1] != "RNN_RELU"
     ]
 
 
@@ -290,15 +289,7 @@ def test_a_block_that_never_comes(ops: Any, strategy: str, device: Callable[...,
     cuda_cases.check(ops, call)
 
 
-@cuda_cases.each_of(
-    [
-        ("persistent", mode, dtype)
-        for mode in oracle.MODES
-        for dtype in cuda_cases.DTYPES_OF["persistent"]
-    ],
-    "mode",
-    "dtype",
-)
+@cuda_cases.each_of(cuda_cases.ways("persistent", dtypes=cuda_cases.DTYPES), "mode", "dtype")
 def test_a_nan_is_handed_on(ops: Any, strategy: str, mode: str, dtype: torch.dtype) -> None:
     """It stays in its row; and its bits, those of memory that is not written yet, stop nobody."""
     call = cuda_cases.Call(mode, dtype, hidden_size=40, batch=3)
