@@ -1,10 +1,12 @@
-// The probe's inline assembly, one instruction a function. Nothing else here holds any.
+// The probe's inline assembly, one instruction a function. Nothing else here holds any but what it
+// shares with the kernels (cuda/block.cuh).
 //
 // All of it is volatile and clobbers memory: what is measured must neither vanish nor move.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/block.cuh"
 #include "probe.cuh"
 #include "protocols.h"
 
@@ -41,19 +43,9 @@ class Stopwatch {
 
 // ---- global memory -----------------------------------------------------------------------------
 
-__device__ inline void store_relaxed(uint32_t* p, uint32_t word) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(word) : "memory");
-}
-
-// Each word is one access: words of one piece may be of different times.
-__device__ inline Piece load_relaxed(const uint32_t* p) {
-  Piece v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-               : "l"(p)
-               : "memory");
-  return v;
-}
+// The kernels' own.
+__device__ inline void store_relaxed(uint32_t* p, uint32_t word) { Block().store_relaxed(p, word); }
+__device__ inline Piece load_relaxed(const uint32_t* p) { return Block().load_relaxed(p); }
 
 __device__ inline void store_plain(uint32_t* p, uint32_t word) {
   asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(word) : "memory");

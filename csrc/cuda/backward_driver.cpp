@@ -330,7 +330,8 @@ class BackwardRun {
   // Of a part: dgates, the states that entered, valid x, dh and h_tilde before a projection.
   at::Tensor dgates_, previous_, valid_x_, dh_, h_tilde_;
   // Of a step: CarriedGradient, the cell state's, dh W_hr.
-  at::Tensor direct_, product_, dc_, dh_hidden_, exchanged_;
+  at::Tensor direct_, product_, dc_, dh_hidden_;
+  at::Tensor exchanged_;
   at::Tensor dx_, dx_part_;
 };
 

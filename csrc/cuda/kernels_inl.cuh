@@ -12,17 +12,7 @@ namespace fusedrnn {
 
 template <template <Cell, class> class Body, class E, class Params>
 void launch_cell(Cell cell, const Params& p, int64_t rows, Stream stream) {
-  const auto run = [&](const auto& body) { launch(body, rows, p.hidden, stream); };
-  switch (cell) {
-    case Cell::kLstm:
-      return run(Body<Cell::kLstm, E>{p});
-    case Cell::kGru:
-      return run(Body<Cell::kGru, E>{p});
-    case Cell::kRnnTanh:
-      return run(Body<Cell::kRnnTanh, E>{p});
-    case Cell::kRnnRelu:
-      return run(Body<Cell::kRnnRelu, E>{p});
-  }
+  with_cell(cell, [&]<Cell kCell>() { launch(Body<kCell, E>{p}, rows, p.hidden, stream); });
 }
 
 template <class E>

@@ -11,6 +11,22 @@
 
 namespace fusedrnn {
 
+// f<cell>(), for a cell that is known at run time only.
+template <class F>
+auto with_cell(Cell cell, const F& f) {
+  switch (cell) {
+    case Cell::kLstm:
+      return f.template operator()<Cell::kLstm>();
+    case Cell::kGru:
+      return f.template operator()<Cell::kGru>();
+    case Cell::kRnnTanh:
+      return f.template operator()<Cell::kRnnTanh>();
+    case Cell::kRnnRelu:
+      return f.template operator()<Cell::kRnnRelu>();
+  }
+  throw std::logic_error("no cell");
+}
+
 // Blocks of 128 threads: 32 units of 4 rows each, or more units where there are fewer rows. Blocks
 // of rows lie along x, which may have 2^31 of them.
 struct Grid {

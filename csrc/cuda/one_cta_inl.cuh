@@ -9,24 +9,14 @@ namespace fusedrnn {
 
 template <template <Cell, class, int> class Body, class E, class Params>
 void launch_one_cta(Cell cell, const Params& p, Stream stream) {
-  const auto run = [&]<Cell kCell>() {
+  with_cell(cell, [&]<Cell kCell>() {
     const int64_t rows = p.part.rows(p.part.begin).count;  // no step has more
     if (one_cta_units(p.hidden) == 64) {
       launch_blocks(Body<kCell, E, 64>{p}, rows, stream);
     } else {
       launch_blocks(Body<kCell, E, 128>{p}, rows, stream);
     }
-  };
-  switch (cell) {
-    case Cell::kLstm:
-      return run.template operator()<Cell::kLstm>();
-    case Cell::kGru:
-      return run.template operator()<Cell::kGru>();
-    case Cell::kRnnTanh:
-      return run.template operator()<Cell::kRnnTanh>();
-    case Cell::kRnnRelu:
-      return run.template operator()<Cell::kRnnRelu>();
-  }
+  });
 }
 
 template <class E>

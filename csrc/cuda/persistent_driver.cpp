@@ -1,6 +1,7 @@
 // What the kernels that keep W_hh need of the driver: weights with whole tiles, a form, an
 // exchange.
 #include "cuda/driver.h"
+#include "cuda/fragment_map.h"
 
 namespace fusedrnn {
 
@@ -11,8 +12,8 @@ Recurrence persistent_recurrence(const Layer& layer,
   const Precision precision = recurrence_uses_tf32(layer) ? Precision::kTf32 : Precision::kExact;
   Recurrence found{Strategy::kPerStep};
   for (const auto& is : kPersistentForms) {
-    constexpr int kWarps = 8, kBytes = 64;
-    const bool fits = units * (half ? 2 : 4) <= is.depths * kWarps * kBytes;
+    const int64_t bytes = int64_t{is.depths} * (kPersistentThreads / kWarp) * kDepthBytes;
+    const bool fits = units * (half ? 2 : 4) <= bytes;
     if (is.half > half || !fits) continue;
     const PersistentForm form = {is.units, is.depths, is.rows, precision};
     const int64_t groups = resident(form) / (units / form.units);

@@ -1,7 +1,6 @@
 // PersistentForward<E> and PersistentBackward<E> from the bodies and the launcher.
 #pragma once
 
-#include <stdexcept>
 #include <type_traits>
 
 #include "cuda/launch.cuh"
@@ -28,25 +27,14 @@ auto with_persistent_body(Cell cell, const PersistentForm& form, const F& f) {
     if (form.rows == 8) return f.template operator()<Body<kCell, E, kPrecision, 16, 8, 8>>();
     return f.template operator()<Body<kCell, E, kPrecision, 16, 8, 16>>();
   };
-  const auto of_cell = [&]<Cell kCell>() {
+  return with_cell(cell, [&]<Cell kCell>() {
     if constexpr (std::is_same_v<E, float>) {
       if (form.precision == Precision::kTf32) {
         return of_precision.template operator()<kCell, Precision::kTf32>();
       }
     }
     return of_precision.template operator()<kCell, Precision::kExact>();
-  };
-  switch (cell) {
-    case Cell::kLstm:
-      return of_cell.template operator()<Cell::kLstm>();
-    case Cell::kGru:
-      return of_cell.template operator()<Cell::kGru>();
-    case Cell::kRnnTanh:
-      return of_cell.template operator()<Cell::kRnnTanh>();
-    case Cell::kRnnRelu:
-      return of_cell.template operator()<Cell::kRnnRelu>();
-  }
-  throw std::logic_error("no cell");
+  });
 }
 
 template <template <Cell, class, Precision, int, int, int> class Body, class E>

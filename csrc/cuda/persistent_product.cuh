@@ -18,8 +18,6 @@
 
 namespace fusedrnn {
 
-inline constexpr int kPersistentThreads = 256;
-
 // Of the 255 that a thread has: for weights, sums and what is loaded, not counting its items'.
 inline constexpr int kFreeRegisters = 200;
 
@@ -64,7 +62,7 @@ class PersistentShare {
 };
 
 // v has kBlocks blocks of units, one value each; W kGates rows a unit. A warp has at most kDepths
-// times 64 bytes of a row of W. Its threads need kOwn registers more for each of their items.
+// times kDepthBytes of a row of W. Its threads need kOwn registers more for each of their items.
 template <class E, Precision kPrecision, int kGates, int kBlocks, int kUnits, int kDepths,
           int kRows, int kOwn>
 class PersistentProduct {
@@ -73,7 +71,8 @@ class PersistentProduct {
   static constexpr int kHalf = 8;
   static constexpr int kTiles = kUnits * kGates / (2 * kHalf);
   static constexpr int kPerWord = 4 / sizeof(E);
-  static constexpr int kDepthWords = 16;  // of k, that the four lanes of a group load at once
+  static constexpr int kDepthWords =
+      kDepthBytes / 4;  // of k, that the four lanes of a group load at once
   // Rows of the batch: eight a tile, two tiles at once where the registers hold their sums, in
   // turns.
   static constexpr int kAtOnce = kRows == 8 || (kTiles > 2 && kTiles * kDepths > 31) ? 1 : 2;

@@ -241,7 +241,8 @@ enum class Precision {
 
 // How the persistent kernels share a layer out: a CTA has `units` of the hidden units, with all
 // their gates, and `rows` rows of the batch. CTAs with the same rows exchange what W_hh multiplies.
-// A warp has `depths` times 64 bytes of a row of W_hh.
+// A warp of the CTA has `depths` times kDepthBytes of a row of W_hh.
+inline constexpr int kPersistentThreads = 256, kDepthBytes = 64;
 struct PersistentForm {
   int units, depths, rows;
   Precision precision;  // of float32
