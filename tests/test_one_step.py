@@ -93,3 +93,24 @@ def test_gradients_where_a_single_row_comes_first_or_last(mode: str) -> None:
     check_backward(
         cuda_cases.Call(mode, torch.float64, steps=257, batch=1, both=True, hidden_size=256)
     )
+
+
+@pytest.mark.parametrize("mode", oracle.MODES)
+@pytest.mark.parametrize("hidden_size", [150, 200, 600])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_of_a_single_step_of_many_rows(
+    isa: str, mode: str, hidden_size: int, threads: int
+) -> None:
+    """W_ih goes through dx by blocks of 512 rows, the last of which is shorter here."""
+    with oracle.num_threads(threads):
+        check_backward(
+            cuda_cases.Call(
+                mode,
+                torch.float64,
+                steps=1,
+                batch=19,
+                states=False,
+                input_size=64,
+                hidden_size=hidden_size,
+            )
+        )

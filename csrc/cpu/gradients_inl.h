@@ -153,11 +153,19 @@ class ChunkGradients {
   // What a gradient holds before this chunk's share: nothing yet, at the first one.
   S before(const S* to) const { return d_.chunk.first ? S(0) : *to; }
 
+  // In blocks, whose sums are added in turn: the error grows with a block's length and the number
+  // of blocks, not with the number of rows.
   void add_sums(S* to, int64_t width) const {
+    constexpr int64_t block = 16;
     S sums[kGradientRows] = {};
-    for (int64_t word = 0; word < words_; ++word) {
-      for (int64_t i = 0; i < kGradientRows; ++i)
-        sums[i] += F::total(columns_[word * kGradientRows + i]);
+    for (int64_t first = 0; first < words_; first += block) {
+      S some[kGradientRows] = {};
+      for (int64_t word = first; word < std::min(first + block, words_); ++word) {
+        for (int64_t i = 0; i < kGradientRows; ++i) {
+          some[i] += F::total(columns_[word * kGradientRows + i]);
+        }
+      }
+      for (int64_t i = 0; i < kGradientRows; ++i) sums[i] += some[i];
     }
     for (int64_t i = 0; i < width; ++i) to[i] = before(to + i) + sums[i];
   }
@@ -309,14 +317,14 @@ class ChunkGradients {
     const Range rows = packs_on_the_way_ ? Range{0, rows_} : own(rows_);
     const Range mine = packs_on_the_way_ ? own(input_panels()) : Range{0, input_panels()};
     const int64_t at_once = packs_on_the_way_ ? 1 : mine.size();
-    const int64_t last = (mine.end - 1) * all + (all - 1) / kBlockK * kBlockK;
+    const int64_t place = mine.end * all - std::min(kBlockK, all);
     for (int64_t first = mine.begin; first < mine.end; first += at_once) {
       const Range panels = {first, first + at_once};
       for (int64_t k = 0; k < all; k += kBlockK) {
         const int64_t size = std::min(kBlockK, all - k);
         W* packed = d_.packed.input;
         if (packs_on_the_way_) {
-          packed += (last - first * all - k) * kWidth;
+          packed += (place - first * all - k) * kWidth;
           pack_input(packed, Range{k, k + size}, panels);
         }
         const auto row_at = [&](int64_t row) {
@@ -348,7 +356,8 @@ class ChunkGradients {
   const int64_t first_row_, rows_;  // packed, of the chunk
   const int64_t words_;             // of rows_ values
   // Where W_ih serves a single chunk, threads share dx's columns, not its rows: a block of W_ih is
-  // packed and used by one thread, and all blocks share the last one's place in its own cache.
+  // packed and used by one thread, and all blocks share one place, the last of its panels' that
+  // holds a whole one, in its own cache.
   const bool packs_on_the_way_;
   W* const columns_;
 };
