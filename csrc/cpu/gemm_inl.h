@@ -39,13 +39,17 @@ struct Tile {
   Vec<S> sum[R][NV];
 };
 
+// Where rows are many, so many products are added one after another before that sum is added to the
+// ones before it: the error grows with this number's root, not with k's.
+inline constexpr int64_t kAddedInTurn = 512;
+
 // tile.sum[r][v] = sum over i < k of a[r][i * a_step] * (vector v at i * b_step), for `Width` of
-// the tile's vectors from `first` on; they are those of strips of Strip vectors, `strip_size`
-// apart. A sum is that of `Sets` ones, which take k in turns.
+// the tile's vectors from `first` on, or added to it where `add`; they are those of strips of Strip
+// vectors, `strip_size` apart. A sum is that of `Sets` ones, which take k in turns.
 template <class F, int Strip, int Width, int Sets, int R, int NV, class Word = typename F::Word>
 FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const Word* const (&a)[R],
                           int64_t a_step, const Word* strips, int64_t b_step, int64_t strip_size,
-                          int64_t k) {
+                          int64_t k, bool add) {
   // A loop of few multiplications at a turn loses a cycle of each to its branch, and to where the
   // cache of decoded instructions happens to cut it. Not a single row's, which waits for weights.
   constexpr int at_a_turn = Sets == 1 && R > 1 && R * Width * F::kParts <= 12 ? 2 : Sets;
@@ -98,10 +102,11 @@ FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const W
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < Width; ++v) {
+      Vec<typename F::Sum> total = sum[0][r][v];
+      if constexpr (Sets == 2) total += sum[1][r][v];
+      if constexpr (Sets == 4) total = (total + sum[1][r][v]) + (sum[2][r][v] + sum[3][r][v]);
       Vec<typename F::Sum>& to = tile.sum[r][first + v];
-      if constexpr (Sets == 1) to = sum[0][r][v];
-      if constexpr (Sets == 2) to = sum[0][r][v] + sum[1][r][v];
-      if constexpr (Sets == 4) to = (sum[0][r][v] + sum[1][r][v]) + (sum[2][r][v] + sum[3][r][v]);
+      to = add ? to + total : total;
     }
   }
 }
@@ -130,10 +135,23 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_
   Tile<typename F::Sum, R, all> tile;
 #pragma GCC unroll 8
   for (int v = 0; v < all; v += width) {
-    multiply<F, strip, width, sets>(
-        tile, v, a, way * a_step,
-        packed + panel * panel_size + v / strip * strip_size + first * b_step, way * b_step,
-        strip_size, k);
+    const typename F::Word* strips =
+        packed + panel * panel_size + v / strip * strip_size + first * b_step;
+    const auto add_products = [&](const typename F::Word* const (&from)[R], int64_t begin,
+                                  int64_t end) __attribute__((always_inline)) {
+      multiply<F, strip, width, sets>(tile, v, from, way * a_step, strips + begin * way * b_step,
+                                      way * b_step, strip_size, end - begin, begin > 0);
+    };
+    if constexpr (R <= 2) {
+      add_products(a, 0, k);  // more code makes this one's loop slower
+    } else {
+      for (int64_t i = 0; i == 0 || i < k; i += kAddedInTurn) {
+        const typename F::Word* from[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) from[r] = a[r] + i * way * a_step;
+        add_products(from, i, std::min(i + kAddedInTurn, k));
+      }
+    }
     // From here on a tall tile lies in memory. Without this, g++ 12 lets some of the sums lose
     // their registers to the epilogue's values inside the loop, which then adds to memory.
     if constexpr (R > 2) asm volatile("" : "+m"(tile));

@@ -258,11 +258,13 @@ struct BlockRows {
   int64_t units, units_padded, columns;
 };
 
-// to[r] (Vectors of them) = the sum over all blocks and units of a[r]'s value times the weight's
-// row there, from `column` on: the product of few rows by column, from weights as they lie.
+// to[r] (Vectors of them) = the sum over `units` of `blocks` of a[r]'s value times the weight's row
+// there, from `column` on, or added to it where `add`: the product of few rows by column, from
+// weights as they lie.
 template <class S, class E, int R, int Vectors>
 __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
-                                               const BlockRows<E>& rows, int64_t column) {
+                                               const BlockRows<E>& rows, Range blocks, Range units,
+                                               int64_t column, bool add) {
   constexpr int lanes = kLanes<S>;
   constexpr int64_t line = 64 / sizeof(E);
   // Narrow pieces of rows lie far apart: no prefetcher follows.
@@ -272,9 +274,9 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
   // Two loops: in one with both ways to read, g++ 12 keeps the sums in memory.
   const auto sum = [&](auto whole) __attribute__((always_inline)) {
     Vec<S> sums[R][Vectors] = {};
-    for (int i = 0; i < rows.blocks; ++i) {
-      const E* w = rows.weight + rows.gates[i] * rows.units * stride + column;
-      for (int64_t unit = 0; unit < rows.units; ++unit, w += stride) {
+    for (int64_t i = blocks.begin; i < blocks.end; ++i) {
+      const E* w = rows.weight + (rows.gates[i] * rows.units + units.begin) * stride + column;
+      for (int64_t unit = units.begin; unit < units.end; ++unit, w += stride) {
         const int64_t at = i * rows.units_padded + unit;
         if constexpr (whole && ahead > 0) {
 #pragma GCC unroll 16
@@ -292,7 +294,10 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
       }
     }
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < Vectors; ++v) store(to + (r * Vectors + v) * lanes, sums[r][v]);
+      for (int v = 0; v < Vectors; ++v) {
+        S* at = to + (r * Vectors + v) * lanes;
+        store(at, add ? load(at) + sums[r][v] : sums[r][v]);
+      }
     }
   };
   if (valid >= Vectors * lanes) {
@@ -313,13 +318,20 @@ void product_by_column(Range rows, Range panels, RowAt row_at, const BlockRows<E
                        Visit f) {
   constexpr int lanes = kLanes<S>, most = std::min(4, FUSEDRNN_ACCUMULATORS / kChunkVectors);
   constexpr int64_t width = kChunkVectors * lanes;
+  const int64_t blocks_at_once = std::max<int64_t>(1, kAddedInTurn / weight.units);
   alignas(64) S sums[std::max(most, kPanelsOfOne) * width];
   // Rows from `first` on, R of them, and as many panels from `panel` on.
   const auto visit = [&]<int R, int Panels>(int64_t first, int64_t panel) {
     constexpr int vectors = Panels * kChunkVectors;
     const E* a[R];
     for (int r = 0; r < R; ++r) a[r] = row_at(first + r);
-    sum_weight_rows<S, E, R, vectors>(sums, a, weight, panel * width);
+    for (int64_t i = 0; i < weight.blocks; i += blocks_at_once) {
+      for (int64_t unit = 0; unit < weight.units; unit += kAddedInTurn) {
+        sum_weight_rows<S, E, R, vectors>(
+            sums, a, weight, {i, std::min<int64_t>(i + blocks_at_once, weight.blocks)},
+            {unit, std::min(unit + kAddedInTurn, weight.units)}, panel * width, i + unit > 0);
+      }
+    }
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < vectors; ++v) {
         const int64_t column = panel * width + v * lanes;
