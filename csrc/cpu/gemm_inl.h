@@ -137,7 +137,7 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_
   for (int v = 0; v < all; v += width) {
     const typename F::Word* strips =
         packed + panel * panel_size + v / strip * strip_size + first * b_step;
-    const auto add_products = [&](const typename F::Word* const (&from)[R], int64_t begin,
+    const auto add_products = [&](const typename F::Word* const(&from)[R], int64_t begin,
                                   int64_t end) __attribute__((always_inline)) {
       multiply<F, strip, width, sets>(tile, v, from, way * a_step, strips + begin * way * b_step,
                                       way * b_step, strip_size, end - begin, begin > 0);
