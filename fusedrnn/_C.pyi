@@ -18,6 +18,12 @@ def get_cpu_isa() -> str:
 def set_cpu_isa(name: str) -> None:
     """Use the instruction set ``name`` from now on; ValueError unless ``cpu_isas()`` lists it."""
 
+def assume_threads(distance: str) -> None:
+    """Take threads for ``"near"`` or ``"far"`` from now on; ``"measured"``: as they are. For tests.
+
+    Short calls use two threads or one accordingly, with the same results.
+    """
+
 def cuda_strategy(hidden_size: int, proj_size: int, dtype: torch.dtype) -> str:
     """How a CUDA device runs such a layer's recurrence, see ``fusedrnn.cuda_strategy``."""
 

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def train(net: nn.Module, x: Tensor, **extras: Tensor) -> list[Tensor]:
     outputs = oracle.tensors(net(x, **extras))
     torch.manual_seed(1)
     dys = [torch.randn(t.shape).to(t.dtype) for t in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, list(net.parameters()), dys)]
+    leaves = [*net.parameters(), *([x] if x.requires_grad else [])]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, dys)]
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -67,6 +69,53 @@ def test_any_number_of_threads(mode: str, shape: str, bidirectional: bool, ragge
             first = train(net, x, **extras)
             same(first, expected)
             assert oracle.same_bits(first, train(net, x, **extras)), "not reproducible"
+
+
+@pytest.fixture
+def assume_threads() -> Iterator[Callable[[str], None]]:
+    yield _C.assume_threads
+    _C.assume_threads("measured")
+
+
+# T, B, I, H of calls short enough to use a second thread only where it runs near the first.
+@pytest.mark.parametrize(
+    "shape", [(100, 1, 64, 64), (13, 1, 100, 128), (60, 2, 40, 100), (1, 64, 64, 64), (1, 3, 100, 200)]
+)
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_distance_of_threads_changes_no_bit(
+    isa: str,
+    assume_threads: Callable[[str], None],
+    mode: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    net = build(mode, shape, dtype=dtype)
+    x = torch.randn(shape[:3]).to(dtype).requires_grad_()
+    with oracle.num_threads(2):
+        found = []
+        for distance in ("near", "far", "measured"):
+            assume_threads(distance)
+            found.append(train(net, x))
+    assert oracle.same_bits(found[0], found[1])
+    assert oracle.same_bits(found[0], found[2])
+
+
+def test_the_distance_is_one_that_there_is() -> None:
+    with pytest.raises(ValueError, match="distance: expected 'near', 'far' or 'measured', got 'x'"):
+        _C.assume_threads("x")
+
+
+def test_threads_are_measured_where_calls_follow_each_other(isa: str) -> None:
+    """Many short calls, some after a pause in which the other thread falls asleep."""
+    shape = (100, 1, 64, 64)
+    net = build("LSTM", shape)
+    x = torch.randn(shape[:3])
+    with oracle.num_threads(2):
+        expected = train(net, x)
+        for pause in (0.0,) * 50 + (0.02,) * 3 + (0.0,) * 50:
+            time.sleep(pause)
+            assert oracle.same_bits(train(net, x), expected)
 
 
 def test_projection_with_any_number_of_threads() -> None:

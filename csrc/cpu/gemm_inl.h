@@ -192,31 +192,49 @@ FUSEDRNN_HD void with_height(int64_t height, F f) {
   f(std::integral_constant<int, Most>{});
 }
 
+// Tiles over rows: as equal in height as can be, eight rows are four and four, not six and two.
+struct Tiles {
+  Range rows;     // of all tiles
+  int64_t count;  // of tiles
+  Range mine;     // of them
+  int64_t begin(int64_t tile) const { return rows.begin + rows.size() * tile / count; }
+};
+
+template <class F, int NV, int MostRows = kTileRows<F, NV>>
+constexpr int64_t tile_count(int64_t rows) {
+  return (rows + MostRows - 1) / MostRows;
+}
+
 // Tiles over rows and panels; row_at(row) points to a row's first element, epilogue(tile, row,
-// panel) takes each finished tile. Tiles are as equal in height as can be: eight rows are four and
-// four, not six and two. from_end: see product_of_row.
+// panel) takes each finished tile. from_end: see product_of_row.
+template <class F, int NV, int MostRows = kTileRows<F, NV>, class RowAt, class Epilogue>
+FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at, int64_t a_step,
+                                  const typename F::Word* packed, int64_t panel_size, int64_t k,
+                                  Epilogue epilogue, bool from_end = false) {
+  if (tiles.mine.size() <= 0) return;
+  if (tiles.rows.size() == 1) {
+    product_of_row<F, NV>(tiles.rows.begin, panels, row_at, a_step, packed, panel_size, k, epilogue,
+                          from_end);
+    return;
+  }
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    for (int64_t t = tiles.mine.begin; t < tiles.mine.end; ++t) {
+      const int64_t row = tiles.begin(t);
+      with_height<MostRows>(tiles.begin(t + 1) - row, [&](auto r) __attribute__((always_inline)) {
+        multiply_rows<F, NV, decltype(r)::value, 1>(row, panel, row_at, a_step, packed, panel_size,
+                                                    k, epilogue);
+      });
+    }
+  }
+}
+
 template <class F, int NV, int MostRows = kTileRows<F, NV>, class RowAt, class Epilogue>
 FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, int64_t a_step,
                          const typename F::Word* packed, int64_t panel_size, int64_t k,
                          Epilogue epilogue, bool from_end = false) {
-  if (rows.size() <= 0) return;
-  if (rows.size() == 1) {
-    product_of_row<F, NV>(rows.begin, panels, row_at, a_step, packed, panel_size, k, epilogue,
-                          from_end);
-    return;
-  }
-  const int64_t tiles = (rows.size() + MostRows - 1) / MostRows;
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    int64_t row = rows.begin;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t height = rows.size() * (t + 1) / tiles - rows.size() * t / tiles;
-      with_height<MostRows>(height, [&](auto r) __attribute__((always_inline)) {
-        multiply_rows<F, NV, decltype(r)::value, 1>(row, panel, row_at, a_step, packed, panel_size,
-                                                    k, epilogue);
-      });
-      row += height;
-    }
-  }
+  const int64_t count = tile_count<F, NV, MostRows>(rows.size());
+  product_of_tiles<F, NV, MostRows>({rows, count, {0, count}}, panels, row_at, a_step, packed,
+                                    panel_size, k, epilogue, from_end);
 }
 
 // For an epilogue that touches lines which no prefetcher foresees: f(row, panel) for the row of the

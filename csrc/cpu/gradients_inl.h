@@ -314,7 +314,10 @@ class ChunkGradients {
   void input_gradient() const {
     const int64_t all = weight_words();
     const E* dgates = d_.dgates + blocks_.input_begin() * hidden_;
-    const Range rows = packs_on_the_way_ ? Range{0, rows_} : own(rows_);
+    // A tile's height, which decides how its sums are taken, hangs on no number of threads.
+    const int64_t count = tile_count<F, kChunkVectors>(rows_);
+    const Tiles tiles = {{0, rows_}, count, packs_on_the_way_ ? Range{0, count} : own(count)};
+    const Range rows = {tiles.begin(tiles.mine.begin), tiles.begin(tiles.mine.end)};
     const Range mine = packs_on_the_way_ ? own(input_panels()) : Range{0, input_panels()};
     const int64_t at_once = packs_on_the_way_ ? 1 : mine.size();
     const int64_t place = mine.end * all - std::min(kBlockK, all);
@@ -340,8 +343,8 @@ class ChunkGradients {
             return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
           });
         };
-        product<F, kChunkVectors>(rows, panels, row_at, 1, packed + k * kWidth, all * kWidth, size,
-                                  epilogue);
+        product_of_tiles<F, kChunkVectors>(tiles, panels, row_at, 1, packed + k * kWidth,
+                                           all * kWidth, size, epilogue);
       }
     }
   }

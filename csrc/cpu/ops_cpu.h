@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 
+#include "cpu/distance.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/plan.h"
@@ -212,16 +213,18 @@ inline Chunk chunk_of(const std::vector<int64_t>& bounds, int64_t index, bool re
 }
 
 inline Workload workload_of(const Layer& layer, const Schedule& schedule, int products) {
-  return {layer.cell,
-          layer.sizes,
-          layer.directions,
-          schedule.batch,
-          schedule.steps == 0 ? 0 : schedule.row0[schedule.steps],
-          layer.accumulate == at::kDouble ? 8 : 4,
-          layer.dtype == at::kBFloat16      ? 2
-          : layer.accumulate == at::kDouble ? 8
-                                            : 4,
-          products};
+  Workload work = {layer.cell,
+                   layer.sizes,
+                   layer.directions,
+                   schedule.batch,
+                   schedule.steps == 0 ? 0 : schedule.row0[schedule.steps],
+                   layer.accumulate == at::kDouble ? 8 : 4,
+                   layer.dtype == at::kBFloat16      ? 2
+                   : layer.accumulate == at::kDouble ? 8
+                                                     : 4,
+                   products};
+  find_distance(work, at::get_num_threads());
+  return work;
 }
 
 // The same while one chunk is walked, which may begin with fewer rows than the first step has.

@@ -18,11 +18,25 @@ int64_t private_cache() {
   return bytes;
 }
 
-// Below this many multiplications in all, a second thread costs more than it saves; the lower one
-// where the weights would leave one private cache.
-constexpr double kWorthATeam = 7e5, kWorthTwoCaches = 2.5e5;
-// Below this many a step, the barrier at its end does.
-constexpr double kWorthABarrier = 1.2e4;
+// Below so many multiplications, a second thread costs more than it saves.
+struct Least {
+  double call;        // in all
+  double two_caches;  // the same where the weights would leave one private cache
+  double step;        // of one thread between two barriers
+};
+
+// Backward meets four times at least, forward once or twice.
+Least least_of(Distance distance, bool training) {
+  switch (distance) {
+    case Distance::kNear:
+      return {7e5, 2.5e5, 4e3};
+    case Distance::kFar:
+      return {training ? 8e6 : 2e6, 1e6, 3e4};
+    default:
+      return {7e5, 2.5e5, 1.2e4};
+  }
+}
+
 constexpr int64_t kRowsPerGroup = 4;
 // From this many rows a group on, weights from the shared cache arrive as fast as they are used.
 constexpr int64_t kRowsThatHideWeights = 16;
@@ -68,8 +82,9 @@ Plan plan_team(const Workload& work, int threads) {
   // A training step's weights and their gradients leave it at half the size, and take a part of it
   // from all else.
   const double footprint = weights_of(work) * work.weight_size * (work.products > 1 ? 8. / 3 : 1);
+  const Least least = least_of(work.distance, work.products > 1);
   const bool leaves_cache = footprint > private_cache();
-  if (threads <= 1 || multiplications(work) < (leaves_cache ? kWorthTwoCaches : kWorthATeam)) {
+  if (threads <= 1 || multiplications(work) < (leaves_cache ? least.two_caches : least.call)) {
     return plan;
   }
   if (work.directions == 2 && threads % 2 == 0) plan.directions = 2;
@@ -91,11 +106,26 @@ Plan plan_team(const Workload& work, int threads) {
   }
   const int blocks = gate_blocks(work.cell) == 1 ? 2 : 1;  // of units to a panel
   const int64_t panels = (padded(s.hidden) / kUnitAlignment + blocks - 1) / blocks;
-  if (parts > 1 && recurrent * work.batch / parts < kWorthABarrier) parts = 1;
+  while (parts > 1 && (each % parts != 0 || recurrent * work.batch / parts < least.step)) --parts;
   plan.parts = static_cast<int>(std::min<int64_t>(parts, panels));
   plan.groups =
       static_cast<int>(std::min<int64_t>(each / plan.parts, std::max<int64_t>(work.batch / 2, 1)));
   return plan;
+}
+
+bool hangs_on_distance(Workload work, int threads) {
+  if (threads == 1 || multiplications(work) < least_of(Distance::kNear, false).two_caches) {
+    return false;
+  }
+  int fewest = threads, most = 1;
+  for (const Distance distance : {Distance::kNear, Distance::kUnknown, Distance::kFar}) {
+    work.distance = distance;
+    const Plan plan = plan_team(work, threads);
+    if (plan.groups > 1 || plan.directions > 1) return false;
+    fewest = std::min(fewest, plan.parts);
+    most = std::max(most, plan.parts);
+  }
+  return fewest < most;
 }
 
 std::vector<int64_t> state_rows(const Workload& work, int threads, int64_t row_bytes) {

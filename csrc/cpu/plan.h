@@ -9,6 +9,10 @@
 
 namespace fusedrnn {
 
+// Between the cores of two threads. Linux places them, a virtual machine's host places those again:
+// a line takes 50 ns from one to the other in one second and 400 in the next.
+enum class Distance { kUnknown, kNear, kFar };
+
 // What decides the cut.
 struct Workload {
   Cell cell;
@@ -19,6 +23,7 @@ struct Workload {
   int64_t value_size;   // bytes of the arithmetic's type
   int64_t weight_size;  // bytes of a weight
   int products;         // per weight, step and row: 1 forward, 3 with backward
+  Distance distance = Distance::kUnknown;
 };
 
 // Of the whole call.
@@ -32,6 +37,10 @@ bool worth_packing(const Workload& work);
 bool worth_packing_backward(const Schedule& schedule, const Workload& work);
 
 Plan plan_team(const Workload& work, int threads);
+
+// Whether that plan is another one for near threads than for far ones. Results are the same, bit by
+// bit: such plans share hidden units, not rows.
+bool hangs_on_distance(Workload work, int threads);
 
 // Where the rows of a state of `row_bytes` or more a row lie, so that no line of one group's is
 // near one of another's: Schedule::state_row. Empty where there is one group.

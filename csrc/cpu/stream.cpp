@@ -1,11 +1,11 @@
 #include "cpu/stream.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#include "cpu/distance.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
 #include "cpu/run_team.h"
@@ -165,24 +165,6 @@ struct Frozen {
   }
 };
 
-// Whether calls follow each other so closely that a second thread helps a short one too: after some
-// milliseconds OpenMP's threads sleep, and to wake them takes longer than the call.
-class Pace {
- public:
-  // Notes a call; true from the kFew-th on that came in time.
-  bool is_quick() {
-    const auto now = std::chrono::steady_clock::now();
-    in_time_ = now - last_ < std::chrono::milliseconds(5) ? in_time_ + 1 : 0;
-    last_ = now;
-    return in_time_ >= kFew;
-  }
-
- private:
-  static constexpr int64_t kFew = 8;
-  std::chrono::steady_clock::time_point last_{};
-  int64_t in_time_ = 0;
-};
-
 // From so many multiplications on, a call is worth waking OpenMP's threads.
 constexpr double kWorthWaking = 4 << 20;
 
@@ -229,7 +211,7 @@ class Layer final : public FrozenLayer {
         cell, sizes, 1, batch_, steps * batch_, sizeof(float), frozen_->value_size, 1};
     const auto plan = [&](int given) { return plan_team(work, given); };
     int wanted = plan(threads).threads();
-    if (wanted > 1 && multiplications(work) < kWorthWaking && !pace_.is_quick()) {
+    if (wanted > 1 && multiplications(work) < kWorthWaking && !pace_.is_quick(Pace::Clock::now())) {
       threads = wanted = 1;
     }
     make_room(wanted);

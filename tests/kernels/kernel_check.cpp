@@ -380,6 +380,48 @@ void check(const Case& c, const KernelTable<double>& table) {
   if (!rooms.untouched()) fail("scratch overrun", c, 0);
 }
 
+// Plans that hang on the distance of threads share units alone, and the farther these are, the fewer
+// they use.
+void check_plans() {
+  int hang = 0;
+  for (Cell cell : {Cell::kLstm, Cell::kGru, Cell::kRnnTanh}) {
+    for (int64_t hidden : {16, 32, 64, 128, 256, 512}) {
+      for (int64_t batch : {1, 2, 3, 4, 8, 64}) {
+        for (int64_t steps : {1, 2, 20, 100}) {
+          for (int directions : {1, 2}) {
+            for (int products : {1, 3}) {
+              for (int threads : {1, 2, 3, 4, 16}) {
+                Workload work = {cell,  {hidden, hidden, hidden, false}, directions, batch,
+                                 steps * batch, 4, 4, products};
+                const bool hangs = hangs_on_distance(work, threads);
+                hang += hangs;
+                int parts = kMaxThreads;
+                for (Distance d : {Distance::kNear, Distance::kUnknown, Distance::kFar}) {
+                  work.distance = d;
+                  const Plan plan = plan_team(work, threads);
+                  const bool right = !hangs || (plan.groups == 1 && plan.directions == 1 &&
+                                                plan.parts <= parts);
+                  if (!right || plan.threads() > threads) {
+                    ++failures;
+                    std::printf("plan: cell %d B %ld H %ld T %ld threads %d distance %d\n",
+                                static_cast<int>(cell), long(batch), long(hidden), long(steps),
+                                threads, static_cast<int>(d));
+                  }
+                  parts = plan.parts;
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  if (hang == 0) {
+    ++failures;
+    std::printf("no plan hangs on the distance of threads\n");
+  }
+}
+
 }  // namespace
 }  // namespace fusedrnn
 
@@ -418,6 +460,7 @@ int main(int argc, char** argv) {
       ++cases;
     }
   }
+  check_plans();
   std::printf("%s: %d cases, %d failures\n", current_isa().name, cases, failures);
   return failures == 0 ? 0 : 1;
 }
