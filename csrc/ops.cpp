@@ -117,9 +117,8 @@ PYBIND11_MODULE(_C, m) {
         "Uses instruction set `name` from the next call on; ValueError where it is not usable.");
   m.def("cuda_strategy", torch::wrap_pybind_function_no_gil(fusedrnn::cuda_strategy),
         "Name of the way in which a CUDA device runs the recurrence of such a layer.");
-  m.def(
-      "assume_threads", &fusedrnn::assume_threads, pybind11::arg("distance"),
-      "Takes threads for 'near' or 'far' from now on; 'measured': as they are. For tests.");
+  m.def("assume_threads", &fusedrnn::assume_threads, pybind11::arg("distance"),
+        "Takes threads for 'near' or 'far' from now on; 'measured': as they are. For tests.");
   fusedrnn::define_calls(m);
   m.def("empty_cache", &fusedrnn::empty_cache,
         "Gives the memory kept for the next calls back to the system.");

@@ -79,7 +79,8 @@ def assume_threads() -> Iterator[Callable[[str], None]]:
 
 # T, B, I, H of calls short enough to use a second thread only where it runs near the first.
 @pytest.mark.parametrize(
-    "shape", [(100, 1, 64, 64), (13, 1, 100, 128), (60, 2, 40, 100), (1, 64, 64, 64), (1, 3, 100, 200)]
+    "shape",
+    [(100, 1, 64, 64), (13, 1, 100, 128), (60, 2, 40, 100), (1, 64, 64, 64), (1, 3, 100, 200)],
 )
 @pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
