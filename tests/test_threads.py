@@ -262,6 +262,28 @@ def test_teams_beside_teams() -> None:
     assert "agrees" in run(code)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc")
+def test_torchs_threads_live_on() -> None:
+    """A team of fewer threads than torch's would have libgomp end the others."""
+    code = """
+    def tasks():
+        return set(os.listdir("/proc/self/task"))
+    torch.set_num_threads(4)
+    small = fusedrnn.GRU(100, 100)  # of whose hidden units two threads have enough to do
+    x, data = torch.randn(60, 1, 100), torch.randn(1 << 20)
+    for _ in range(3):
+        data.sigmoid()
+    before = tasks()
+    for _ in range(20):
+        with torch.no_grad():
+            small(x)
+        data.sigmoid()
+    assert tasks() == before, (tasks(), before)
+    print("agrees")
+    """
+    assert "agrees" in run(code)
+
+
 def test_nested_in_a_parallel_region() -> None:
     """Called by each thread of an OpenMP team: a nested region is a team of one."""
     code = """

@@ -23,40 +23,42 @@ struct alignas(128) Line {
   std::atomic<int> count{0};
 };
 
-// The quickest of some ways to another thread and back.
-Clock::duration measure() {
+// The quickest of some ways to the second of `threads` threads and back.
+Clock::duration measure(int threads) {
   Line there, back;
   Clock::duration best = Clock::duration::max();
   const int callers_core = current_core();
-#pragma omp parallel num_threads(2)
-  {
-    if (omp_get_num_threads() == 2) {
-      if (omp_get_thread_num() == 0) {
-        bool answered = true;
-        for (int round = 1; answered && round <= kRounds; ++round) {
-          const Clock::time_point begin = Clock::now();
-          there.count.store(round, std::memory_order_release);
-          Clock::duration spent{};
-          do {
-            answered = back.count.load(std::memory_order_acquire) == round;
-            spent = Clock::now() - begin;
-          } while (!answered && spent < kPatience);
-          if (answered) best = std::min(best, spent);
-        }
-        there.count.store(-1, std::memory_order_release);
-      } else {
-        leave_core(callers_core, 2);
-        for (int seen = 0, spins = 0; seen >= 0;) {
-          const int now = there.count.load(std::memory_order_acquire);
-          if (now != seen) {
-            seen = now;
-            back.count.store(seen, std::memory_order_release);
-          } else if (++spins > 2000) {
-            sched_yield();
-          }
-        }
+  const auto ask = [&] {
+    bool answered = true;
+    for (int round = 1; answered && round <= kRounds; ++round) {
+      const Clock::time_point begin = Clock::now();
+      there.count.store(round, std::memory_order_release);
+      Clock::duration spent{};
+      do {
+        answered = back.count.load(std::memory_order_acquire) == round;
+        spent = Clock::now() - begin;
+      } while (!answered && spent < kPatience);
+      if (answered) best = std::min(best, spent);
+    }
+    there.count.store(-1, std::memory_order_release);
+  };
+  const auto answer = [&] {
+    leave_core(callers_core, threads);
+    for (int seen = 0, spins = 0; seen >= 0;) {
+      const int now = there.count.load(std::memory_order_acquire);
+      if (now != seen) {
+        seen = now;
+        back.count.store(seen, std::memory_order_release);
+      } else if (++spins > 2000) {
+        sched_yield();
       }
     }
+  };
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    if (omp_get_num_threads() > 1 && thread == 0) ask();
+    if (thread == 1) answer();
   }
   return best;
 }
@@ -65,7 +67,7 @@ std::atomic<Distance> assumed{Distance::kUnknown};
 
 }  // namespace
 
-Distance team_distance() {
+Distance team_distance(int threads) {
   const Distance given = assumed.load(std::memory_order_relaxed);
   if (given != Distance::kUnknown) return given;
   struct Known {
@@ -77,7 +79,7 @@ Distance team_distance() {
   const Clock::time_point now = Clock::now();
   if (!known.pace.is_quick(now)) return Distance::kUnknown;
   if (now - known.measured > kValid) {
-    known.distance = measure() < kNearEnough ? Distance::kNear : Distance::kFar;
+    known.distance = measure(threads) < kNearEnough ? Distance::kNear : Distance::kFar;
     known.measured = Clock::now();
   }
   return known.distance;
@@ -95,7 +97,7 @@ void assume_threads(const std::string& distance) {
 }
 
 void find_distance(Workload& work, int threads) {
-  if (hangs_on_distance(work, threads)) work.distance = team_distance();
+  if (hangs_on_distance(work, threads)) work.distance = team_distance(threads);
 }
 
 }  // namespace fusedrnn

@@ -28,9 +28,9 @@ class Pace {
   int64_t in_time_ = 0;
 };
 
-// Between two threads of the calling thread's team, measured once in a millisecond of calls that
-// follow each other; unknown where they do not.
-Distance team_distance();
+// Between the first two of the calling thread's `threads` threads, measured once in a millisecond of
+// calls that follow each other; unknown where they do not.
+Distance team_distance(int threads);
 
 // For tests: from now on team_distance() finds "near" or "far"; "measured": what it measures.
 void assume_threads(const std::string& distance);

@@ -8,6 +8,7 @@
   #include <xmmintrin.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/team.h"
@@ -65,9 +66,10 @@ inline void leave_core([[maybe_unused]] int core, [[maybe_unused]] int threads) 
 #endif
 }
 
-// Runs body(slot) on every thread of a team. plan_for(threads) splits a team of that size; OpenMP
+// Runs body(slot) on every thread of a plan. plan_for(threads) splits a team of that size; OpenMP
 // may give fewer threads than asked for (a nested region, OMP_THREAD_LIMIT), so the plan is made
-// for what it gave.
+// for what it gave. `threads`, torch's number, is always asked for, however few the plan needs:
+// libgomp ends the threads that a smaller team leaves out, and torch's next region starts them anew.
 template <class PlanFor, class Body>
 void run_team(int threads, int directions, const PlanFor& plan_for, const Body& body) {
   const Plan wish = plan_for(threads);
@@ -78,13 +80,13 @@ void run_team(int threads, int directions, const PlanFor& plan_for, const Body& 
     return;
   }
   const int callers_core = current_core();
-#pragma omp parallel num_threads(wish.threads())
+#pragma omp parallel num_threads(threads)
   {
     const int given = omp_get_num_threads();
-    const Plan plan = given == wish.threads() ? wish : plan_for(given);
+    const Plan plan = given == threads ? wish : plan_for(std::min(given, wish.threads()));
     const int thread = omp_get_thread_num();
-    if (thread > 0) leave_core(callers_core, given);
     if (thread < plan.threads()) {
+      if (thread > 0) leave_core(callers_core, given);
       const FlushDenormals flush;
       body(slot_of(plan, thread, directions, barriers));
     }
