@@ -28,8 +28,8 @@ class Pace {
   int64_t in_time_ = 0;
 };
 
-// Between the first two of the calling thread's `threads` threads, measured once in a millisecond of
-// calls that follow each other; unknown where they do not.
+// Between the first two of the calling thread's `threads` threads, measured once in a millisecond
+// of calls that follow each other; unknown where they do not.
 Distance team_distance(int threads);
 
 // For tests: from now on team_distance() finds "near" or "far"; "measured": what it measures.

@@ -69,7 +69,8 @@ inline void leave_core([[maybe_unused]] int core, [[maybe_unused]] int threads) 
 // Runs body(slot) on every thread of a plan. plan_for(threads) splits a team of that size; OpenMP
 // may give fewer threads than asked for (a nested region, OMP_THREAD_LIMIT), so the plan is made
 // for what it gave. `threads`, torch's number, is always asked for, however few the plan needs:
-// libgomp ends the threads that a smaller team leaves out, and torch's next region starts them anew.
+// libgomp ends the threads that a smaller team leaves out, and torch's next region starts them
+// anew.
 template <class PlanFor, class Body>
 void run_team(int threads, int directions, const PlanFor& plan_for, const Body& body) {
   const Plan wish = plan_for(threads);
