@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
+import emulation
 import fusedrnn
 from fusedrnn import _C
 
@@ -50,3 +52,36 @@ def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Force the CUDA half's way of running the recurrence, given as an indirect parameter."""
     monkeypatch.setenv("FUSEDRNN_CUDA_STRATEGY", request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA half's operators, emulated on the host."""
+    return emulation.load(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def device(ops: Any) -> Iterator[Callable[..., None]]:
+    """Says how many blocks the emulated device holds at a time, and what else is odd about it."""
+    yield ops.set_device
+    ops.set_device(8)
+
+
+@pytest.fixture
+def switches() -> Iterator[Callable[[str, str], None]]:
+    """Sets the TF32 switches of recurrent layers and of products; puts both back."""
+
+    def switch(recurrent: str, products: str) -> None:
+        torch.backends.cudnn.rnn.fp32_precision = recurrent
+        torch.backends.cuda.matmul.fp32_precision = products
+
+    yield switch
+    switch("tf32", "none")  # as torch starts
+
+
+@pytest.fixture
+def without_tf32() -> Iterator[None]:
+    """TF32 is off, as torch.nn knows none on a CPU."""
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"  # as torch starts

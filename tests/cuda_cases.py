@@ -294,3 +294,12 @@ def check_one_step(ops: Any, call: Call, device: str = "cpu") -> None:
         [t[0] for t in wanted],
     )
     assert oracle.same_bits(grads[3], expected_grads[3])
+
+
+def smooth(strategy: str) -> list[tuple[str, str, torch.dtype]]:
+    """In half precision relu's kink turns roundings into errors: any kernel's, and torch.nn's."""
+    return [
+        way
+        for way in ways(strategy, dtypes=DTYPES)
+        if way[2] == torch.float32 or way[1] != "RNN_RELU"
+    ]
