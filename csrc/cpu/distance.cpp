@@ -17,20 +17,18 @@ constexpr std::chrono::nanoseconds kNearEnough{250};
 // Who has not answered by then sleeps, or waits for a core.
 constexpr std::chrono::microseconds kPatience{20};
 constexpr std::chrono::milliseconds kValid{1};
-constexpr int kRounds = 6;
+constexpr uint32_t kRounds = 6;
 
-struct alignas(128) Line {
-  std::atomic<int> count{0};
-};
+constexpr uint32_t kOver = ~uint32_t{0};
 
 // The quickest of some ways to the second of `threads` threads and back.
 Clock::duration measure(int threads) {
-  Line there, back;
+  Arrivals there, back;
   Clock::duration best = Clock::duration::max();
   const int callers_core = current_core();
   const auto ask = [&] {
     bool answered = true;
-    for (int round = 1; answered && round <= kRounds; ++round) {
+    for (uint32_t round = 1; answered && round <= kRounds; ++round) {
       const Clock::time_point begin = Clock::now();
       there.count.store(round, std::memory_order_release);
       Clock::duration spent{};
@@ -40,12 +38,13 @@ Clock::duration measure(int threads) {
       } while (!answered && spent < kPatience);
       if (answered) best = std::min(best, spent);
     }
-    there.count.store(-1, std::memory_order_release);
+    there.count.store(kOver, std::memory_order_release);
   };
   const auto answer = [&] {
     leave_core(callers_core, threads);
-    for (int seen = 0, spins = 0; seen >= 0;) {
-      const int now = there.count.load(std::memory_order_acquire);
+    int spins = 0;
+    for (uint32_t seen = 0; seen != kOver;) {
+      const uint32_t now = there.count.load(std::memory_order_acquire);
       if (now != seen) {
         seen = now;
         back.count.store(seen, std::memory_order_release);
