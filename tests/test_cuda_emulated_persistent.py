@@ -74,8 +74,41 @@ def test_each_form_of_persistent(
     """It is the one that was meant, and right."""
     device(blocks)
     call = cuda_cases.Call(mode, dtype, batch=batch, hidden_size=hidden_size, steps=2)
-    assert ops.persistent_form(**call.arguments()) == [*form, rows]
+    assert ops.persistent_form(**call.arguments()) == [*form, rows, 1]
     cuda_cases.check(ops, call)
+
+
+SIDES = [  # batch, blocks that the device holds: form, rows and directions of a launch
+    (3, 8, (16, 4, 8), 8, 2),
+    (3, 3, (32, 2, 8), 8, 1),
+    (17, 8, (32, 2, 16), 32, 2),
+    (17, 6, (32, 2, 8), 24, 1),  # two launches either way
+]
+
+
+@pytest.mark.parametrize("strategy", ["persistent"], indirect=True)
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+@pytest.mark.parametrize(("batch", "blocks", "form", "rows", "sides"), SIDES, ids=str)
+def test_both_directions_at_a_time(
+    ops: Any,
+    strategy: str,
+    mode: str,
+    batch: int,
+    blocks: int,
+    form: tuple[int, int, int],
+    rows: int,
+    sides: int,
+    device: Callable[..., None],
+) -> None:
+    """Where the device has the CTAs for both and that saves launches; the bits are the same."""
+    device(blocks)
+    call = cuda_cases.Call(mode, torch.bfloat16, batch=batch, hidden_size=40, both=True, reset=True)
+    assert ops.persistent_form(**call.arguments()) == [*form, rows, sides]
+    cuda_cases.check(ops, call)
+    found = cuda_cases.answer(ops, call)
+    device(2)
+    assert ops.persistent_form(**call.arguments())[-1] == 1
+    assert oracle.same_bits(cuda_cases.answer(ops, call), found)
 
 
 @pytest.mark.parametrize("strategy", ["persistent"], indirect=True)

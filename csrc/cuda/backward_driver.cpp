@@ -4,41 +4,10 @@
 #include <utility>
 
 #include "cuda/driver.h"
+#include "cuda/sum.h"
 
 namespace fusedrnn {
 namespace {
-
-// A sum over parts of time, unrounded; undefined where it is not wanted.
-class Sum {
- public:
-  Sum() = default;
-  Sum(at::IntArrayRef shape, const at::TensorOptions& options, bool in_parts)
-      : total_(at::empty(shape, options)), part_(in_parts ? at::empty(shape, options) : total_) {}
-
-  bool wanted() const { return total_.defined(); }
-  void add_product(const at::Tensor& a, const at::Tensor& b) {
-    multiply(next(), a, b);
-    add();
-  }
-  void add_rows(const at::Tensor& rows) {
-    at::sum_out(next(), rows, at::IntArrayRef{0}, false, total_.scalar_type());
-    add();
-  }
-  const at::Tensor& total() {
-    if (empty_) total_.zero_();
-    return total_;
-  }
-
- private:
-  at::Tensor& next() { return empty_ ? total_ : part_; }
-  void add() {
-    if (!empty_) total_.add_(part_);
-    empty_ = false;
-  }
-
-  at::Tensor total_, part_;
-  bool empty_ = true;
-};
 
 template <class E>
 class BackwardRun {
@@ -64,25 +33,29 @@ class BackwardRun {
         width_(blocks_.count * layer.sizes.hidden),
         exact_(in.layer.x.options().dtype(layer.accumulate)) {
     const auto kept = in.layer.x.options();
-    // Both directions' parts are as long, only their order differs.
     const int64_t most = rows_of_part(width_ * static_cast<int64_t>(sizeof(E)));
-    const std::vector<Steps> parts = walk_.parts(most, false);
-    const int64_t rows = walk_.most_rows(parts);
-    in_parts_ = parts.size() > 1;
-    part_rows_ = most;
-    dgates_ = at::empty({rows, width_}, kept);
-    direct_ = at::empty({layer.batch, sizes_.output}, exact_);
-    if (how_.strategy == Strategy::kPerStep) product_ = at::empty_like(direct_);
-    if (how_.strategy == Strategy::kPersistent) {
-      exchanged_ = exchange_memory(layer, x_, parts, blocks_.gates);
+    int64_t rows = 0, steps = 0;
+    for (int d = 0; d < layer.directions; ++d) {
+      parts_[d] = walk_.parts(most, d == 0);
+      rows = std::max(rows, walk_.most_rows(parts_[d]));
+      steps = std::max(steps, longest(parts_[d]));
     }
-    if (has_cell_state(layer.cell)) dc_ = at::empty({layer.batch, sizes_.hidden}, exact_);
+    const int64_t sides = how_.sides;
+    dgates_ = at::empty({sides, rows, width_}, kept);
+    direct_ = at::empty({sides, layer.batch, sizes_.output}, exact_);
+    if (how_.strategy == Strategy::kPerStep) {
+      product_ = at::empty({layer.batch, sizes_.output}, exact_);
+    }
+    if (how_.strategy == Strategy::kPersistent) {
+      exchanged_ = exchange_memory(layer, x_, sides, steps, blocks_.gates);
+    }
+    if (has_cell_state(layer.cell)) dc_ = at::empty({sides, layer.batch, sizes_.hidden}, exact_);
     if (sizes_.projected) {
       dh_ = at::empty({rows, sizes_.output}, kept);
       h_tilde_ = at::empty({rows, sizes_.hidden}, kept);
       dh_hidden_ = at::empty({layer.batch, sizes_.hidden}, exact_);
     }
-    if (any_param(1)) previous_ = at::empty({rows, sizes_.output}, kept);
+    if (any_param(1)) previous_ = at::empty({sides, rows, sizes_.output}, kept);
     if (any_param(0) && walk_.lengths() != nullptr) {
       valid_x_ = at::empty({rows, sizes_.input}, kept);
     }
@@ -90,46 +63,100 @@ class BackwardRun {
       // A sum of two directions is rounded once.
       dx_ = layer.directions == 1 ? out.dx.reshape(x_.sizes()) : at::empty(x_.sizes(), exact_);
       if (layer.directions == 2) dx_part_ = at::empty({rows, sizes_.input}, exact_);
+      // Side by side in several parts, either direction comes first somewhere.
+      adds_dx_ = how_.sides == 2 && parts_[0].size() > 1;
+      if (adds_dx_) dx_.zero_();
     }
   }
 
-  void run(int d) {
-    const bool reverse = d == 1;
-    const at::Tensor w_ih = param(d, 0), w_hh = recurrent_weight(d);
-    const at::Tensor w_hr = sizes_.projected ? param(d, w_hr_index()) : at::Tensor();
-    start(d);
-    Sum dw_ih = sum_like(d, 0), dw_hh = sum_like(d, 1), dw_hr;
-    Sum db = layer_.has_biases && (wants(d, 2) || wants(d, 3)) ? sum({width_}) : Sum();
-    if (sizes_.projected) dw_hr = sum_like(d, w_hr_index());
-    int64_t product_rows = 0;
-    for (const Steps part : walk_.parts(part_rows_, !reverse)) {
-      product_rows = recur(d, part, w_hh, w_hr, product_rows);
-      const int64_t rows = walk_.rows(part), row = walk_.row(part.begin);
-      const at::Tensor dgates = dgates_.narrow(0, 0, rows);
-      if (dx_.defined()) add_dx(d, row, input_side(dgates), w_ih);
-      if (dw_ih.wanted()) dw_ih.add_product(input_side(dgates).t(), valid_x(part));
-      if (dw_hh.wanted()) dw_hh.add_product(hidden_side(dgates).t(), previous_.narrow(0, 0, rows));
-      if (dw_hr.wanted()) {
-        dw_hr.add_product(dh_.narrow(0, 0, rows).t(), h_tilde_.narrow(0, 0, rows));
-      }
-      if (db.wanted()) db.add_rows(dgates);
-    }
-    finish(d, product_rows);
-    if (dw_ih.wanted()) result(d, 0).copy_(dw_ih.total());
-    if (dw_hr.wanted()) result(d, w_hr_index()).copy_(dw_hr.total());
-    if (dw_hh.wanted()) from_hidden_order(result(d, 1), dw_hh.total());
-    if (db.wanted() && wants(d, 2)) {
-      const int64_t columns = blocks_.gates * sizes_.hidden;
-      result(d, 2).copy_(db.total().narrow(0, width_ - columns, columns));
-    }
-    if (db.wanted() && wants(d, 3)) from_hidden_order(result(d, 3), db.total());
-  }
-
-  void finish_dx() const {
+  void run() {
+    for (int d = 0; d < layer_.directions; d += how_.sides) run(d);
     if (dx_part_.defined()) out_.dx.copy_(dx_.reshape(out_.dx.sizes()));
   }
 
  private:
+  // A direction on its way.
+  struct Walker {
+    int d;
+    at::Tensor w_ih, w_hh, w_hr;
+    at::Tensor dgates, previous;  // of a part; the latter is the states that entered
+    at::Tensor direct, dc;        // CarriedGradient, the cell state's
+    const std::vector<Steps>& parts;
+    Sum dw_ih, dw_hh, dw_hr, db;
+    int64_t product_rows = 0;  // that product_ has
+  };
+
+  // As many directions as go side by side, from this one on.
+  void run(int first) {
+    std::vector<Walker> walkers;
+    for (int i = 0; i < how_.sides; ++i) walkers.push_back(start(first + i, i));
+    for (size_t k = 0; k < parts_[first].size(); ++k) {
+      recur(walkers, k);
+      for (Walker& w : walkers) add_part(w, w.parts[k]);
+    }
+    for (Walker& w : walkers) finish(w);
+  }
+
+  Walker start(int d, int i) const {
+    const auto own = [&](const at::Tensor& t) { return t.defined() ? t.select(0, i) : t; };
+    const auto fill = [&](const at::Tensor& to, const OptionalTensor& from) {
+      if (from) {
+        to.copy_(layer_.of_direction(*from, d));
+      } else {
+        to.zero_();
+      }
+    };
+    Walker w{d,
+             param(d, 0),
+             recurrent_weight(d),
+             {},
+             own(dgates_),
+             own(previous_),
+             own(direct_),
+             own(dc_),
+             parts_[d],
+             sum_like(d, 0),
+             sum_like(d, 1),
+             {},
+             {}};
+    if (sizes_.projected) {
+      w.w_hr = param(d, w_hr_index());
+      w.dw_hr = sum_like(d, w_hr_index());
+    }
+    if (layer_.has_biases && (wants(d, 2) || wants(d, 3))) w.db = sum({width_});
+    fill(w.direct, in_.dh_n);
+    if (w.dc.defined()) fill(w.dc, in_.dc_n);
+    return w;
+  }
+
+  // What is parallel over time, once dgates stand.
+  void add_part(Walker& w, Steps part) const {
+    const int64_t rows = walk_.rows(part), row = walk_.row(part.begin);
+    const at::Tensor dgates = w.dgates.narrow(0, 0, rows);
+    if (dx_.defined()) add_dx(w.d, row, input_side(dgates), w.w_ih);
+    if (w.dw_ih.wanted()) w.dw_ih.add_product(input_side(dgates).t(), valid_x(part));
+    if (w.dw_hh.wanted()) {
+      w.dw_hh.add_product(hidden_side(dgates).t(), w.previous.narrow(0, 0, rows));
+    }
+    if (w.dw_hr.wanted()) {
+      w.dw_hr.add_product(dh_.narrow(0, 0, rows).t(), h_tilde_.narrow(0, 0, rows));
+    }
+    if (w.db.wanted()) w.db.add_rows(dgates);
+  }
+
+  void finish(Walker& w) const {
+    const int d = w.d;
+    put_initial(w);
+    if (w.dw_ih.wanted()) result(d, 0).copy_(w.dw_ih.total());
+    if (w.dw_hr.wanted()) result(d, w_hr_index()).copy_(w.dw_hr.total());
+    if (w.dw_hh.wanted()) from_hidden_order(result(d, 1), w.dw_hh.total());
+    if (w.db.wanted() && wants(d, 2)) {
+      const int64_t columns = blocks_.gates * sizes_.hidden;
+      result(d, 2).copy_(w.db.total().narrow(0, width_ - columns, columns));
+    }
+    if (w.db.wanted() && wants(d, 3)) from_hidden_order(result(d, 3), w.db.total());
+  }
+
   int index(int d, int param) const { return d * layer_.params_per_direction + param; }
   int w_hr_index() const { return layer_.has_biases ? 4 : 2; }
   at::Tensor param(int d, int i) const { return layer_.param(in_.layer.params, d, i).contiguous(); }
@@ -137,7 +164,7 @@ class BackwardRun {
   bool wants(int d, int i) const { return result(d, i).defined(); }
   bool any_param(int i) const { return wants(0, i) || (layer_.directions == 2 && wants(1, i)); }
 
-  Sum sum(at::IntArrayRef shape) const { return Sum(shape, exact_, in_parts_); }
+  Sum sum(at::IntArrayRef shape) const { return Sum(shape, exact_, parts_[0].size() > 1); }
   Sum sum_like(int d, int i) const { return wants(d, i) ? sum(result(d, i).sizes()) : Sum(); }
 
   // The hidden side is the first blocks of dgates, the input side the last (gradient_blocks).
@@ -164,18 +191,6 @@ class BackwardRun {
     }
   }
 
-  void start(int d) const {
-    const auto fill = [&](const at::Tensor& to, const OptionalTensor& from) {
-      if (from) {
-        to.copy_(layer_.of_direction(*from, d));
-      } else {
-        to.zero_();
-      }
-    };
-    fill(direct_, in_.dh_n);
-    if (dc_.defined()) fill(dc_, in_.dc_n);
-  }
-
   // As the kernels of the strategy want it: its gates in the order of the hidden side.
   at::Tensor recurrent_weight(int d) const {
     const at::Tensor w_hh = hidden_order(param(d, 1));
@@ -185,58 +200,65 @@ class BackwardRun {
                        w_hh.view({1, blocks_.gates, hidden, hidden}).permute({0, 3, 1, 2}));
   }
 
-  // Takes how many rows product_ has; gives how many it has after the part.
-  int64_t recur(int d, Steps part, const at::Tensor& w_hh, const at::Tensor& w_hr,
-                int64_t product_rows) const {
+  // The k-th part of time.
+  void recur(std::vector<Walker>& walkers, size_t k) const {
     if constexpr (!std::is_same_v<E, double>) {
-      if (how_.strategy == Strategy::kOneCta) {
-        OneCtaKernels<E>::backward(layer_.cell, whole(d, part, w_hh), stream_);
-        return 0;
-      }
-      if (how_.strategy == Strategy::kPersistent) {
-        const PartBackward<E> p = whole(d, part, w_hh);
-        in_launches(how_, layer_.batch, exchanged_, part, [&](const Exchange& exchange) {
-          PersistentBackward<E>::run(layer_.cell, p, exchange, stream_);
-        });
-        return 0;
+      if (how_.strategy != Strategy::kPerStep) {
+        SideBySide<PartBackward<E>> sides{};
+        int64_t steps = 0;
+        for (const Walker& w : walkers) {
+          sides.part[sides.count++] = whole(w, w.parts[k]);
+          steps = std::max(steps, w.parts[k].count());
+        }
+        if (how_.strategy == Strategy::kOneCta) {
+          OneCtaKernels<E>::backward(layer_.cell, sides, stream_);
+        } else {
+          in_launches(how_, layer_.batch, exchanged_, steps, [&](const Exchange& exchange) {
+            PersistentBackward<E>::run(layer_.cell, sides, exchange, stream_);
+          });
+        }
+        return;
       }
     }
-    return step_by_step(d, part, w_hh, w_hr, product_rows);
+    for (Walker& w : walkers) step_by_step(w, w.parts[k]);
   }
 
-  int64_t step_by_step(int d, Steps part, const at::Tensor& w_hh, const at::Tensor& w_hr,
-                       int64_t product_rows) const {
+  void step_by_step(Walker& w, Steps part) const {
     const RecurrentPrecision precision(layer_);
-    const ForwardSaved<E> from = saved(d);
+    const bool reverse = w.d == 1;
+    const ForwardSaved<E> from = saved(w.d);
     for (int64_t i = part.begin; i < part.end; ++i) {
-      const int64_t t = d == 1 ? i : part.begin + part.end - 1 - i;
+      const int64_t t = reverse ? i : part.begin + part.end - 1 - i;
       const int64_t at = walk_.row(t) - walk_.row(part.begin), rows = walk_.rows(t);
       BackwardStep<E> p{};
-      p.step = walk_.step(t, d == 1);
+      p.step = walk_.step(t, reverse);
       p.hidden = sizes_.hidden;
-      p.carry = {values_of<S>(direct_), const_values_of<S>(product_), product_rows};
-      p.dc = values_of<S>(dc_);
+      p.carry = carry(w);
+      p.dc = values_of<S>(w.dc);
       p.saved = from;
-      p.dgates = values_of<E>(dgates_, at * width_);
+      p.dgates = values_of<E>(w.dgates, at * width_);
       if (sizes_.projected) {
-        project(d, p.step, at, p.carry, w_hr);
+        project(w, p.step, at);
         p.dh_hidden = const_values_of<S>(dh_hidden_);
         p.h_tilde = values_of<E>(h_tilde_, at * sizes_.hidden);
       } else {
-        p.previous = values_of<E>(previous_, at * sizes_.output);
+        p.previous = values_of<E>(w.previous, at * sizes_.output);
       }
       Kernels<E>::backward(layer_.cell, p, stream_);
-      multiply(product_.narrow(0, 0, rows), hidden_side(dgates_.narrow(0, at, rows)), w_hh);
-      product_rows = rows;
+      multiply(product_.narrow(0, 0, rows), hidden_side(w.dgates.narrow(0, at, rows)), w.w_hh);
+      w.product_rows = rows;
     }
-    return product_rows;
+  }
+
+  CarriedGradient<E> carry(const Walker& w) const {
+    return {values_of<S>(w.direct), const_values_of<S>(product_), w.product_rows};
   }
 
   // A part of time for one kernel.
-  PartBackward<E> whole(int d, Steps part, const at::Tensor& w_hh) const {
-    return {walk_.part(part, d == 1), sizes_.hidden,          const_values_of<E>(w_hh),
-            values_of<S>(direct_),    values_of<S>(dc_),      saved(d),
-            values_of<E>(dgates_),    values_of<E>(previous_)};
+  PartBackward<E> whole(const Walker& w, Steps part) const {
+    return {walk_.part(part, w.d == 1), sizes_.hidden,           const_values_of<E>(w.w_hh),
+            values_of<S>(w.direct),     values_of<S>(w.dc),      saved(w.d),
+            values_of<E>(w.dgates),     values_of<E>(w.previous)};
   }
 
   // A direction's columns.
@@ -261,20 +283,19 @@ class BackwardRun {
     return s;
   }
 
-  void project(int d, const Step& step, int64_t at, const CarriedGradient<E>& carry,
-               const at::Tensor& w_hr) const {
+  void project(const Walker& w, const Step& step, int64_t at) const {
     const int64_t output = sizes_.output, rows = step.now.count;
     const ProjectedBackwardStep<E> p{step,
                                      output,
-                                     carry,
-                                     const_values_of<E>(dy_, d * output),
-                                     const_values_of<E>(y_, d * output),
-                                     const_values_of<E>(h0_, d * layer_.batch * output),
+                                     carry(w),
+                                     const_values_of<E>(dy_, w.d * output),
+                                     const_values_of<E>(y_, w.d * output),
+                                     const_values_of<E>(h0_, w.d * layer_.batch * output),
                                      layer_.directions * output,
                                      values_of<E>(dh_, at * output),
-                                     values_of<E>(previous_, at * output)};
+                                     values_of<E>(w.previous, at * output)};
     Kernels<E>::project_backward(p, stream_);
-    multiply(dh_hidden_.narrow(0, 0, rows), dh_.narrow(0, at, rows), w_hr);
+    multiply(dh_hidden_.narrow(0, 0, rows), dh_.narrow(0, at, rows), w.w_hr);
   }
 
   // x of a part, zeros for its padding: NaN there must not reach a weight's gradient.
@@ -293,7 +314,7 @@ class BackwardRun {
 
   void add_dx(int d, int64_t row, const at::Tensor& dgates, const at::Tensor& w_ih) const {
     const at::Tensor to = dx_.narrow(0, row, dgates.size(0));
-    if (d == 0) {
+    if (d == 0 && !adds_dx_) {
       multiply(to, dgates, w_ih);
     } else {
       const at::Tensor share = dx_part_.narrow(0, 0, dgates.size(0));
@@ -302,16 +323,15 @@ class BackwardRun {
     }
   }
 
-  void finish(int d, int64_t product_rows) const {
-    const Step first = walk_.steps() == 0 ? Step{} : walk_.first_step(d == 1);
+  void put_initial(const Walker& w) const {
+    const Step first = walk_.steps() == 0 ? Step{} : walk_.first_step(w.d == 1);
     const auto put = [&](const at::Tensor& to, const CarriedGradient<E>& carry, int64_t width) {
       if (!to.defined()) return;
-      const InitialGradient<E> p{first, width, carry, values_of<E>(to, d * layer_.batch * width)};
+      const InitialGradient<E> p{first, width, carry, values_of<E>(to, w.d * layer_.batch * width)};
       Kernels<E>::initial_gradient(p, layer_.batch, stream_);
     };
-    put(out_.dh0, {values_of<S>(direct_), const_values_of<S>(product_), product_rows},
-        sizes_.output);
-    put(out_.dc0, {values_of<S>(dc_), nullptr, 0}, sizes_.hidden);
+    put(out_.dh0, carry(w), sizes_.output);
+    put(out_.dc0, {values_of<S>(w.dc), nullptr, 0}, sizes_.hidden);
   }
 
   const Layer& layer_;
@@ -325,14 +345,15 @@ class BackwardRun {
   const at::Tensor x_, h0_, c0_, y_, dy_, gates_, cells_;
   const int64_t width_;  // of a row of dgates
   const at::TensorOptions exact_;
-  int64_t part_rows_;
-  bool in_parts_;
-  // Of a part: dgates, the states that entered, valid x, dh and h_tilde before a projection.
-  at::Tensor dgates_, previous_, valid_x_, dh_, h_tilde_;
-  // Of a step: CarriedGradient, the cell state's, dh W_hr.
-  at::Tensor direct_, product_, dc_, dh_hidden_;
-  at::Tensor exchanged_;
+  std::vector<Steps> parts_[2];  // a direction's
+  // By side, as Walker has them.
+  at::Tensor dgates_, previous_, direct_, dc_, exchanged_;
+  // Of a part: valid x, dh and h_tilde before a projection.
+  at::Tensor valid_x_, dh_, h_tilde_;
+  // Of a step: CarriedGradient's product, dh W_hr.
+  at::Tensor product_, dh_hidden_;
   at::Tensor dx_, dx_part_;
+  bool adds_dx_ = false;  // to what is there, both directions
 };
 
 }  // namespace
@@ -348,11 +369,7 @@ BackwardResult backward_on_device(const Layer& layer, const BackwardInputs& in,
   for (size_t i = 0; i < in.layer.params.size(); ++i) {
     out.dparams.push_back(like(static_cast<int64_t>(i) + 3, in.layer.params[i]));
   }
-  with_storage(layer, [&]<class E>() {
-    BackwardRun<E> run(layer, in, out);
-    for (int d = 0; d < layer.directions; ++d) run.run(d);
-    run.finish_dx();
-  });
+  with_storage(layer, [&]<class E>() { BackwardRun<E>(layer, in, out).run(); });
   for (at::Tensor* t : {&out.dx, &out.dh0, &out.dc0}) {
     if (!t->defined()) *t = at::empty({0}, options);
   }

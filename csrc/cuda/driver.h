@@ -83,6 +83,7 @@ inline at::Tensor dense(const OptionalTensor& t) { return t ? t->contiguous() : 
 // Steps [begin, end) in time whatever the direction.
 struct Steps {
   int64_t begin, end;
+  int64_t count() const { return end - begin; }
 };
 
 // The order of steps, and which rows each of them has. Steps that no row has are left out.
@@ -104,7 +105,8 @@ class Walk {
   Step first_step(bool reverse) const { return step(reverse ? steps_ - 1 : 0, reverse); }
 
   // Parts of so many rows at most (or of one step), in the order in which they are walked:
-  // backwards for one of the reverse direction and back-propagation, forwards for both.
+  // backwards for one of the reverse direction and back-propagation, forwards for both. Either way
+  // as many, and as long ones where steps have equally many rows.
   std::vector<Steps> parts(int64_t most_rows, bool backwards) const;
   int64_t most_rows(const std::vector<Steps>& parts) const;
 
@@ -123,9 +125,16 @@ inline int64_t most_steps(Strategy strategy) {
   return strategy == Strategy::kPerStep ? std::numeric_limits<int64_t>::max() / 2 : kMostSteps;
 }
 
+inline int64_t longest(const std::vector<Steps>& parts) {
+  int64_t steps = 0;
+  for (const Steps part : parts) steps = std::max(steps, part.count());
+  return steps;
+}
+
 // How the recurrence of a call runs.
 struct Recurrence {
   Strategy strategy;
+  int sides = 1;  // directions that a kernel for many steps takes at a time
   // Of the persistent kernels: their form, and how many rows of the batch a launch takes.
   PersistentForm form = {};
   int rows = 0;
@@ -146,26 +155,33 @@ Recurrence recurrence_of(const Layer& layer) {
       });
     }
   }
-  return {strategy};
+  return {strategy, strategy == Strategy::kOneCta ? layer.directions : 1};
 }
 
 // W_hh for the kernels that keep it: w (a, H, c, H) with zeros up to (a, U, c, U). A matrix that
 // is so already is not copied.
 at::Tensor kept_weight(Strategy strategy, const at::Tensor& w);
 
-// What CTAs of persistent kernels exchange: memory where x is, for the longest part of time and
-// rows of `blocks` values a unit.
-at::Tensor exchange_memory(const Layer& layer, const at::Tensor& x, const std::vector<Steps>& parts,
+// What CTAs of persistent kernels exchange: memory where x is, (sides, steps, B, words of `blocks`
+// values a unit).
+at::Tensor exchange_memory(const Layer& layer, const at::Tensor& x, int64_t sides, int64_t steps,
                            int64_t blocks);
 
-// Calls run(exchange) for as many rows of the batch at a time as the device takes.
+// Calls run(exchange) for as many rows of the batch at a time as the device takes, to walk `steps`
+// steps.
 template <class F>
-void in_launches(const Recurrence& how, int64_t batch, const at::Tensor& memory, Steps part,
+void in_launches(const Recurrence& how, int64_t batch, const at::Tensor& memory, int64_t steps,
                  const F& run) {
-  memory.narrow(0, 0, part.end - part.begin).fill_(static_cast<int32_t>(kUnwritten));
+  memory.narrow(1, 0, steps).fill_(static_cast<int32_t>(kUnwritten));
+  Exchange exchange{};
+  exchange.form = how.form;
+  for (int i = 0; i < how.sides; ++i) {
+    exchange.words[i] = values_of<uint32_t>(memory, i * memory.stride(0));
+  }
   for (int64_t row = 0; row < batch; row += how.rows) {
-    run(Exchange{how.form, row, static_cast<int>(std::min<int64_t>(how.rows, batch - row)),
-                 values_of<uint32_t>(memory)});
+    exchange.first_row = row;
+    exchange.rows = static_cast<int>(std::min<int64_t>(how.rows, batch - row));
+    run(exchange);
   }
 }
 

@@ -26,13 +26,17 @@ class ForwardRun {
         gates_width_(gate_blocks(layer.cell) * layer.sizes.hidden),
         exact_(in.x.options().dtype(layer.accumulate)) {
     const int64_t most = rows_of_part(gates_width_ * static_cast<int64_t>(sizeof(S)));
-    parts_[0] = walk_.parts(most, false);
-    parts_[1] = walk_.parts(most, true);
-    input_gates_ = at::empty({walk_.most_rows(parts_[0]), gates_width_}, exact_);
+    int64_t rows = 0, steps = 0;
+    for (int d = 0; d < layer.directions; ++d) {
+      parts_[d] = walk_.parts(most, d == 1);
+      rows = std::max(rows, walk_.most_rows(parts_[d]));
+      steps = std::max(steps, longest(parts_[d]));
+    }
+    input_gates_ = at::empty({how_.sides, rows, gates_width_}, exact_);
     if (how_.strategy == Strategy::kPerStep) {
       hidden_gates_ = at::empty({layer.batch, gates_width_}, exact_);
     } else if (how_.strategy == Strategy::kPersistent) {
-      exchanged_ = exchange_memory(layer, x_, parts_[0], 1);
+      exchanged_ = exchange_memory(layer, x_, how_.sides, steps, 1);
     }
     if (sizes_.projected) {
       h_tilde_ = at::empty({layer.batch, sizes_.hidden}, in.x.options());
@@ -40,27 +44,49 @@ class ForwardRun {
     }
   }
 
-  void run(int d) {
-    const Parameters with = parameters(d);
-    // The state; at the end what is asked for.
-    const at::Tensor h = layer_.of_direction(out_.h_n, d);
-    const at::Tensor state = start(d, h);
-    for (const Steps part : parts_[d]) {
-      const int64_t rows = walk_.rows(part);
-      const at::Tensor gates = input_gates_.narrow(0, 0, rows);
-      multiply(gates, x_.narrow(0, walk_.row(part.begin), rows), with.w_ih.t());
-      recur(d, part, with, h, state);
-    }
-    if (has_cell_state(layer_.cell) && !kExact) layer_.of_direction(out_.c_n, d).copy_(state);
+  void run() {
+    for (int d = 0; d < layer_.directions; d += how_.sides) run(d);
   }
 
  private:
   static constexpr bool kExact = std::is_same_v<E, S>;
 
-  // Of a direction; undefined where the layer has none.
+  // Undefined where the layer has none.
   struct Parameters {
     at::Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
   };
+  // A direction on its way.
+  struct Walker {
+    int d;
+    Parameters with;
+    at::Tensor h, state;     // at the end h_n, and c_n where it is kept so
+    at::Tensor input_gates;  // of a part
+    const std::vector<Steps>& parts;
+  };
+
+  // As many directions as go side by side, from this one on.
+  void run(int first) {
+    std::vector<Walker> walkers;
+    for (int i = 0; i < how_.sides; ++i) {
+      const int d = first + i;
+      const at::Tensor h = layer_.of_direction(out_.h_n, d);
+      walkers.push_back({d, parameters(d), h, start(d, h), input_gates_.select(0, i), parts_[d]});
+    }
+    for (size_t k = 0; k < parts_[first].size(); ++k) {
+      for (const Walker& w : walkers) {
+        const int64_t rows = walk_.rows(w.parts[k]);
+        multiply(w.input_gates.narrow(0, 0, rows), x_.narrow(0, walk_.row(w.parts[k].begin), rows),
+                 w.with.w_ih.t());
+      }
+      recur(walkers, k);
+    }
+    for (const Walker& w : walkers) {
+      if (has_cell_state(layer_.cell) && !kExact) {
+        layer_.of_direction(out_.c_n, w.d).copy_(w.state);
+      }
+    }
+  }
+
   Parameters parameters(int d) const {
     const auto param = [&](int i) { return layer_.param(in_.params, d, i).contiguous(); };
     Parameters p{param(0), param(1), {}, {}, {}};
@@ -102,62 +128,66 @@ class ForwardRun {
     return state;
   }
 
-  void recur(int d, Steps part, const Parameters& with, const at::Tensor& h,
-             const at::Tensor& state) const {
+  // The k-th part of time.
+  void recur(const std::vector<Walker>& walkers, size_t k) const {
     if constexpr (!std::is_same_v<E, double>) {
-      if (how_.strategy == Strategy::kOneCta) {
-        OneCtaKernels<E>::forward(layer_.cell, whole(d, part, with, h, state), stream_);
-        return;
-      }
-      if (how_.strategy == Strategy::kPersistent) {
-        const PartForward<E> p = whole(d, part, with, h, state);
-        in_launches(how_, layer_.batch, exchanged_, part, [&](const Exchange& exchange) {
-          PersistentForward<E>::run(layer_.cell, p, exchange, stream_);
-        });
+      if (how_.strategy != Strategy::kPerStep) {
+        SideBySide<PartForward<E>> sides{};
+        int64_t steps = 0;
+        for (const Walker& w : walkers) {
+          sides.part[sides.count++] = whole(w, w.parts[k]);
+          steps = std::max(steps, w.parts[k].count());
+        }
+        if (how_.strategy == Strategy::kOneCta) {
+          OneCtaKernels<E>::forward(layer_.cell, sides, stream_);
+        } else {
+          in_launches(how_, layer_.batch, exchanged_, steps, [&](const Exchange& exchange) {
+            PersistentForward<E>::run(layer_.cell, sides, exchange, stream_);
+          });
+        }
         return;
       }
     }
-    step_by_step(d, part, with, h, state);
+    for (const Walker& w : walkers) step_by_step(w, w.parts[k]);
   }
 
-  void step_by_step(int d, Steps part, const Parameters& with, const at::Tensor& h,
-                    const at::Tensor& state) const {
+  void step_by_step(const Walker& w, Steps part) const {
     const RecurrentPrecision precision(layer_);
-    const at::Tensor w_hh = with.w_hh.t();
-    const ForwardResults<E> to = results(d);
+    const bool reverse = w.d == 1;
+    const at::Tensor w_hh = w.with.w_hh.t();
+    const ForwardResults<E> to = results(w.d);
     for (int64_t i = part.begin; i < part.end; ++i) {
-      const int64_t t = d == 1 ? part.begin + part.end - 1 - i : i;
+      const int64_t t = reverse ? part.begin + part.end - 1 - i : i;
       const int64_t rows = walk_.rows(t);
-      multiply(first(hidden_gates_, rows), first(h, rows), w_hh);
+      multiply(first(hidden_gates_, rows), first(w.h, rows), w_hh);
       ForwardStep<E> p{};
-      p.step = walk_.step(t, d == 1);
+      p.step = walk_.step(t, reverse);
       p.hidden = sizes_.hidden;
       p.input_gates =
-          const_values_of<S>(input_gates_, (walk_.row(t) - walk_.row(part.begin)) * gates_width_);
+          const_values_of<S>(w.input_gates, (walk_.row(t) - walk_.row(part.begin)) * gates_width_);
       p.hidden_gates = const_values_of<S>(hidden_gates_);
-      p.b_ih = const_values_of<E>(with.b_ih);
-      p.b_hh = const_values_of<E>(with.b_hh);
-      p.state = values_of<S>(state);
-      if (!sizes_.projected) p.h = values_of<E>(h);
+      p.b_ih = const_values_of<E>(w.with.b_ih);
+      p.b_hh = const_values_of<E>(w.with.b_hh);
+      p.state = values_of<S>(w.state);
+      if (!sizes_.projected) p.h = values_of<E>(w.h);
       p.h_tilde = values_of<E>(h_tilde_);
       p.results = to;
       Kernels<E>::forward(layer_.cell, p, stream_);
-      if (sizes_.projected) project(d, p.step, h, with.w_hr.t());
+      if (sizes_.projected) project(w.d, p.step, w.h, w.with.w_hr.t());
     }
   }
 
   // A part of time for one kernel.
-  PartForward<E> whole(int d, Steps part, const Parameters& with, const at::Tensor& h,
-                       const at::Tensor& state) const {
-    return {walk_.part(part, d == 1),
+  PartForward<E> whole(const Walker& w, Steps part) const {
+    return {walk_.part(part, w.d == 1),
             sizes_.hidden,
-            const_values_of<S>(input_gates_),
-            const_values_of<E>(with.w_hh),
-            const_values_of<E>(with.b_ih),
-            const_values_of<E>(with.b_hh),
-            values_of<S>(state),
-            values_of<E>(h),
-            results(d)};
+            const_values_of<S>(w.input_gates),
+            const_values_of<E>(w.with.w_hh),
+            const_values_of<E>(w.with.b_ih),
+            const_values_of<E>(w.with.b_hh),
+            values_of<S>(w.state),
+            values_of<E>(w.h),
+            results(w.d)};
   }
 
   // A direction's columns.
@@ -223,10 +253,7 @@ ForwardResult forward_on_device(const Layer& layer, const LayerInputs& in, bool 
   const int64_t blocks = saved_blocks(layer.cell);
   out.gates = saved(save && blocks > 1, blocks * sizes.hidden, layer.saved_width(), options);
   out.cells = saved(save && lstm, sizes.hidden, units, options.dtype(layer.accumulate));
-  with_storage(layer, [&]<class E>() {
-    ForwardRun<E> run(layer, in, out);
-    for (int direction = 0; direction < layer.directions; ++direction) run.run(direction);
-  });
+  with_storage(layer, [&]<class E>() { ForwardRun<E>(layer, in, out).run(); });
   if (layer.one_step) out.y = at::empty({0}, options);
   return out;
 }

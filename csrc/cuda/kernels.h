@@ -30,8 +30,8 @@ struct Kernels {
 // Many steps in one kernel, without a projection, hidden <= kOneCtaUnits. E is not double.
 template <class E>
 struct OneCtaKernels {
-  static void forward(Cell cell, const PartForward<E>& p, Stream stream);
-  static void backward(Cell cell, const PartBackward<E>& p, Stream stream);
+  static void forward(Cell cell, const SideBySide<PartForward<E>>& sides, Stream stream);
+  static void backward(Cell cell, const SideBySide<PartBackward<E>>& sides, Stream stream);
 };
 
 // The same, hidden <= most_persistent_units. CTAs wait for each other: no more of
@@ -39,12 +39,14 @@ struct OneCtaKernels {
 template <class E>
 struct PersistentForward {
   static int64_t resident(Cell cell, const PersistentForm& form);
-  static void run(Cell cell, const PartForward<E>& p, const Exchange& exchange, Stream stream);
+  static void run(Cell cell, const SideBySide<PartForward<E>>& sides, const Exchange& exchange,
+                  Stream stream);
 };
 template <class E>
 struct PersistentBackward {
   static int64_t resident(Cell cell, const PersistentForm& form);
-  static void run(Cell cell, const PartBackward<E>& p, const Exchange& exchange, Stream stream);
+  static void run(Cell cell, const SideBySide<PartBackward<E>>& sides, const Exchange& exchange,
+                  Stream stream);
 };
 
 }  // namespace fusedrnn

@@ -72,15 +72,14 @@ __global__ void __launch_bounds__(Body::kThreads, 1) in_blocks(const __grid_cons
   body(Block());
 }
 
-// A block for each kRows rows, whose threads work together.
+// So many blocks, whose threads work together.
 template <class Body>
-void launch_blocks(const Body& body, int64_t rows, Stream stream) {
-  if (rows == 0) return;
+void launch_blocks(const Body& body, int64_t blocks, Stream stream) {
+  if (blocks == 0) return;
   if constexpr (Body::kSharedBytes > (48 << 10)) {
     check_launch(cudaFuncSetAttribute(in_blocks<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       Body::kSharedBytes));
   }
-  const int64_t blocks = (rows + Body::kRows - 1) / Body::kRows;
   in_blocks<<<static_cast<unsigned>(blocks), Body::kThreads, Body::kSharedBytes, stream>>>(body);
   check_launch(cudaGetLastError());
 }
@@ -140,8 +139,8 @@ void launch(const Body& body, int64_t rows, int64_t units, Stream) {
 }
 
 template <class Body>
-void launch_blocks(const Body& body, int64_t rows, Stream) {
-  for (int64_t index = 0; index * Body::kRows < rows; ++index) {
+void launch_blocks(const Body& body, int64_t blocks, Stream) {
+  for (int64_t index = 0; index < blocks; ++index) {
     EmulatedBlock block(index, Body::kThreads, Body::kSharedBytes);
     block.run([&](int thread) { body(Block(block, thread)); });
   }

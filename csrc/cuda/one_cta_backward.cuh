@@ -15,11 +15,14 @@ struct OneCtaBackwardBody {
   static constexpr int kThreads = Weights::kThreads;
   static constexpr int kRows = Weights::kRows;
   static constexpr int kSharedBytes = Weights::kSharedBytes;
-  PartBackward<E> p;
+  SideBySide<PartBackward<E>> sides;
+  int64_t blocks_each;
 
   FUSEDRNN_D void operator()(const Block& block) const {
+    const Side side(block.index(), blocks_each);
+    const PartBackward<E>& p = sides.part[side.which];
     const Weights weights(block, p.w_hh);
-    Unit unit(p, block.index() * kRows + weights.row(), weights.unit(), weights.is_owner());
+    Unit unit(p, side.index * kRows + weights.row(), weights.unit(), weights.is_owner());
     S product[1] = {S(0)};
     const int64_t steps = p.part.end - p.part.begin;
     typename Unit::Given next = unit.given(p, 0);

@@ -17,12 +17,15 @@ struct OneCtaForwardBody {
   static constexpr int kThreads = Weights::kThreads;
   static constexpr int kRows = Weights::kRows;
   static constexpr int kSharedBytes = Weights::kSharedBytes;
-  PartForward<E> p;
+  SideBySide<PartForward<E>> sides;
+  int64_t blocks_each;
 
   FUSEDRNN_D void operator()(const Block& block) const {
+    const Side side(block.index(), blocks_each);
+    const PartForward<E>& p = sides.part[side.which];
     const Weights weights(block, p.w_hh);
     const UnitBiases<kCell, E> biases(p, weights.unit());
-    Unit unit(p, block.index() * kRows + weights.row(), weights.unit(), weights.is_owner());
+    Unit unit(p, side.index * kRows + weights.row(), weights.unit(), weights.is_owner());
     weights.put(0, 0, unit.h());
     const int64_t steps = p.part.end - p.part.begin;
     typename Unit::Given next = unit.given(p, 0);

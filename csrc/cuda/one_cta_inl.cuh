@@ -1,32 +1,45 @@
 // OneCtaKernels<E> from the bodies and the launcher.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/launch.cuh"
 #include "cuda/one_cta_backward.cuh"
 #include "cuda/one_cta_forward.cuh"
 
 namespace fusedrnn {
 
-template <template <Cell, class, int> class Body, class E, class Params>
-void launch_one_cta(Cell cell, const Params& p, Stream stream) {
+template <class Body, class Part>
+void launch_one_cta(const SideBySide<Part>& sides, Stream stream) {
+  int64_t rows = 0;
+  for (int i = 0; i < sides.count; ++i) {
+    const PartOfWalk& part = sides.part[i].part;
+    rows = std::max(rows, part.rows(part.begin).count);  // no step has more
+  }
+  const int64_t each = (rows + Body::kRows - 1) / Body::kRows;
+  launch_blocks(Body{sides, each}, each * sides.count, stream);
+}
+
+template <template <Cell, class, int> class Body, class E, class Part>
+void launch_one_cta(Cell cell, const SideBySide<Part>& sides, Stream stream) {
   with_cell(cell, [&]<Cell kCell>() {
-    const int64_t rows = p.part.rows(p.part.begin).count;  // no step has more
-    if (one_cta_units(p.hidden) == 64) {
-      launch_blocks(Body<kCell, E, 64>{p}, rows, stream);
+    if (one_cta_units(sides.part[0].hidden) == 64) {
+      launch_one_cta<Body<kCell, E, 64>>(sides, stream);
     } else {
-      launch_blocks(Body<kCell, E, 128>{p}, rows, stream);
+      launch_one_cta<Body<kCell, E, 128>>(sides, stream);
     }
   });
 }
 
 template <class E>
-void OneCtaKernels<E>::forward(Cell cell, const PartForward<E>& p, Stream stream) {
-  launch_one_cta<FUSEDRNN_ISA::OneCtaForwardBody, E>(cell, p, stream);
+void OneCtaKernels<E>::forward(Cell cell, const SideBySide<PartForward<E>>& sides, Stream stream) {
+  launch_one_cta<FUSEDRNN_ISA::OneCtaForwardBody, E>(cell, sides, stream);
 }
 
 template <class E>
-void OneCtaKernels<E>::backward(Cell cell, const PartBackward<E>& p, Stream stream) {
-  launch_one_cta<FUSEDRNN_ISA::OneCtaBackwardBody, E>(cell, p, stream);
+void OneCtaKernels<E>::backward(Cell cell, const SideBySide<PartBackward<E>>& sides,
+                                Stream stream) {
+  launch_one_cta<FUSEDRNN_ISA::OneCtaBackwardBody, E>(cell, sides, stream);
 }
 
 }  // namespace fusedrnn

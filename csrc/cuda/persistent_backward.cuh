@@ -17,12 +17,21 @@ struct PersistentBackwardBody {
   static constexpr int kThreads = kPersistentThreads;
   static constexpr int kSharedBytes = Weights::kSharedBytes;
   static constexpr int kItems = PersistentShare<kUnits, kRows>::kItems;
-  PartBackward<E> p;
+  SideBySide<PartBackward<E>> sides;
+  int64_t blocks_each;
   Exchange exchange;
 
   FUSEDRNN_D void operator()(const Block& block) const {
-    const PersistentShare<kUnits, kRows> share(block, p.hidden, exchange);
-    const Weights weights(block, share, p.w_hh, exchange, p.part.order.batch);
+    const Side side(block.index(), blocks_each);
+    const PartBackward<E>& either = sides.part[0];  // for what both have alike
+    // Asked for anew at each step, as persistent_forward.cuh does.
+    const auto part = [&]() -> const PartBackward<E>& {
+      return sides.part[block.unknown(side.which)];
+    };
+    const PartBackward<E>& p = part();
+    const PersistentShare<kUnits, kRows> share(block.thread(), side.index, either.hidden, exchange);
+    const Weights weights(block, share, p.w_hh, exchange.words[side.which],
+                          either.part.order.batch);
     Unit items[kItems];
     S product[kItems][1] = {};
     typename Unit::Given now[kItems];
@@ -31,15 +40,15 @@ struct PersistentBackwardBody {
       items[k] = Unit(p, share.row(k), share.unit(), share.works());
       now[k] = items[k].given(p, 0);
     }
-    const int64_t steps = p.part.end - p.part.begin;
-    for (int64_t i = 0; i < steps; ++i) {
+    const int steps = static_cast<int>(p.part.end - p.part.begin);
+    for (int i = 0; i < steps; ++i) {
       FUSEDRNN_UNROLL
       for (int k = 0; k < kItems; ++k) {
         const UnitGradient<S> d = items[k].step(now[k], product[k][0]);
         FUSEDRNN_UNROLL
         for (int gate = 0; gate < kGates; ++gate) weights.publish(i, k, gate, d.dgates[gate]);
-        items[k].put_away(p, i, now[k], d);
-        if (i + 1 < steps) now[k] = items[k].given(p, i + 1);
+        items[k].put_away(part(), i, now[k], d);
+        if (i + 1 < steps) now[k] = items[k].given(part(), i + 1);
       }
       weights.run(i, i % 2);
       block.sync();

@@ -1,5 +1,8 @@
 // What the kernels that keep W_hh need of the driver: weights with whole tiles, a form, an
 // exchange.
+#include <algorithm>
+#include <limits>
+
 #include "cuda/driver.h"
 #include "cuda/fragment_map.h"
 
@@ -8,26 +11,29 @@ namespace fusedrnn {
 Recurrence persistent_recurrence(const Layer& layer,
                                  const std::function<int64_t(const PersistentForm&)>& resident) {
   const bool half = layer.dtype != at::kFloat;
-  const int64_t units = persistent_units(layer.sizes.hidden), batch = layer.batch;
+  const int64_t units = persistent_units(layer.sizes.hidden);
+  const int64_t batch = std::max<int64_t>(layer.batch, 1);
   const Precision precision = recurrence_uses_tf32(layer) ? Precision::kTf32 : Precision::kExact;
+  // The fewest launches for a part of time, one after the other; then the least work for a CTA. Of
+  // two alike the first: one direction at a time takes less memory, and with more units fewer CTAs
+  // read each row's state.
   Recurrence found{Strategy::kPerStep};
-  for (const auto& is : kPersistentForms) {
-    const int64_t bytes = int64_t{is.depths} * (kPersistentThreads / kWarp) * kDepthBytes;
-    const bool fits = units * (half ? 2 : 4) <= bytes;
-    if (is.half > half || !fits) continue;
-    const PersistentForm form = {is.units, is.depths, is.rows, precision};
-    const int64_t groups = resident(form) / (units / form.units);
-    if (groups == 0) continue;
-    const int rows =
-        static_cast<int>(std::min(groups, (batch + form.rows - 1) / form.rows)) * form.rows;
-    // The whole batch at once, or more of it; then the least work for a CTA. Of two alike the
-    // first, with more units: fewer CTAs read each row's state.
-    const PersistentForm& best = found.form;
-    const bool none = found.strategy == Strategy::kPerStep;
-    const bool more = rows > found.rows && found.rows < batch;
-    const bool less = rows >= std::min<int64_t>(found.rows, batch) &&
-                      form.units * form.rows < best.units * best.rows;
-    if (none || more || less) found = {Strategy::kPersistent, form, rows};
+  int64_t fewest = std::numeric_limits<int64_t>::max();
+  for (int sides = 1; sides <= layer.directions; ++sides) {
+    for (const auto& is : kPersistentForms) {
+      const int64_t bytes = int64_t{is.depths} * (kPersistentThreads / kWarp) * kDepthBytes;
+      const bool fits = units * (half ? 2 : 4) <= bytes;
+      if (is.half > half || !fits) continue;
+      const PersistentForm form = {is.units, is.depths, is.rows, precision};
+      const int64_t groups = resident(form) / (units / form.units * sides);
+      if (groups == 0) continue;
+      const int64_t rows = std::min(groups, (batch + form.rows - 1) / form.rows) * form.rows;
+      const int64_t launches = layer.directions / sides * ((batch + rows - 1) / rows);
+      const bool less = form.units * form.rows < found.form.units * found.form.rows;
+      if (launches > fewest || (launches == fewest && !less)) continue;
+      fewest = launches;
+      found = {Strategy::kPersistent, sides, form, static_cast<int>(rows)};
+    }
   }
   return found;
 }
@@ -45,12 +51,10 @@ at::Tensor kept_weight(Strategy strategy, const at::Tensor& w) {
   return padded;
 }
 
-at::Tensor exchange_memory(const Layer& layer, const at::Tensor& x, const std::vector<Steps>& parts,
+at::Tensor exchange_memory(const Layer& layer, const at::Tensor& x, int64_t sides, int64_t steps,
                            int64_t blocks) {
-  int64_t steps = 0;
-  for (const Steps part : parts) steps = std::max(steps, part.end - part.begin);
   const int64_t words = blocks * persistent_units(layer.sizes.hidden) * x.element_size() / 4;
-  return at::empty({steps, layer.batch, words}, x.options().dtype(at::kInt));
+  return at::empty({sides, steps, layer.batch, words}, x.options().dtype(at::kInt));
 }
 
 }  // namespace fusedrnn

@@ -1,6 +1,8 @@
 // PersistentForward<E> and PersistentBackward<E> from the bodies and the launcher.
 #pragma once
 
+#include <iterator>
+#include <stdexcept>
 #include <type_traits>
 
 #include "cuda/launch.cuh"
@@ -9,23 +11,29 @@
 
 namespace fusedrnn {
 
-// Calls f with the kernel for a cell and a form of kPersistentForms.
+// f<units, depths, rows>(), for a form of kPersistentForms.
+template <class E, int kIndex = 0, class F>
+auto with_form(const PersistentForm& form, const F& f) {
+  constexpr auto is = kPersistentForms[kIndex];
+  if constexpr (!is.half || sizeof(E) == 2) {
+    if (form.units == is.units && form.depths == is.depths && form.rows == is.rows) {
+      return f.template operator()<is.units, is.depths, is.rows>();
+    }
+  }
+  if constexpr (kIndex + 1 < std::size(kPersistentForms)) {
+    return with_form<E, kIndex + 1>(form, f);
+  } else {
+    throw std::logic_error("no form");
+  }
+}
+
+// Calls f with the kernel for a cell and a form.
 template <template <Cell, class, Precision, int, int, int> class Body, class E, class F>
 auto with_persistent_body(Cell cell, const PersistentForm& form, const F& f) {
   const auto of_precision = [&]<Cell kCell, Precision kPrecision>() {
-    if constexpr (sizeof(E) == 2) {
-      if (form.units == 32) {
-        if (form.rows == 8) return f.template operator()<Body<kCell, E, kPrecision, 32, 2, 8>>();
-        return f.template operator()<Body<kCell, E, kPrecision, 32, 2, 16>>();
-      }
-    }
-    if (form.depths == 4) {
-      if (form.rows == 8) return f.template operator()<Body<kCell, E, kPrecision, 16, 4, 8>>();
-      if (form.rows == 16) return f.template operator()<Body<kCell, E, kPrecision, 16, 4, 16>>();
-      return f.template operator()<Body<kCell, E, kPrecision, 16, 4, 32>>();
-    }
-    if (form.rows == 8) return f.template operator()<Body<kCell, E, kPrecision, 16, 8, 8>>();
-    return f.template operator()<Body<kCell, E, kPrecision, 16, 8, 16>>();
+    return with_form<E>(form, [&]<int kUnits, int kDepths, int kRows>() {
+      return f.template operator()<Body<kCell, E, kPrecision, kUnits, kDepths, kRows>>();
+    });
   };
   return with_cell(cell, [&]<Cell kCell>() {
     if constexpr (std::is_same_v<E, float>) {
@@ -42,13 +50,16 @@ int64_t resident_persistent(Cell cell, const PersistentForm& form) {
   return with_persistent_body<Body, E>(cell, form, [&]<class B>() { return resident_blocks<B>(); });
 }
 
-template <template <Cell, class, Precision, int, int, int> class Body, class E, class Params>
-void launch_persistent(Cell cell, const Params& p, const Exchange& exchange, Stream stream) {
+template <template <Cell, class, Precision, int, int, int> class Body, class E, class Part>
+void launch_persistent(Cell cell, const SideBySide<Part>& sides, const Exchange& exchange,
+                       Stream stream) {
   const PersistentForm& form = exchange.form;
-  const int64_t across = persistent_units(p.hidden) / form.units;
+  const int64_t across = persistent_units(sides.part[0].hidden) / form.units;
   const int64_t down = (exchange.rows + form.rows - 1) / form.rows;
-  with_persistent_body<Body, E>(
-      cell, form, [&]<class B>() { launch_together(B{p, exchange}, across * down, stream); });
+  const int64_t each = across * down;
+  with_persistent_body<Body, E>(cell, form, [&]<class B>() {
+    launch_together(B{sides, each, exchange}, each * sides.count, stream);
+  });
 }
 
 template <class E>
@@ -56,9 +67,9 @@ int64_t PersistentForward<E>::resident(Cell cell, const PersistentForm& form) {
   return resident_persistent<FUSEDRNN_ISA::PersistentForwardBody, E>(cell, form);
 }
 template <class E>
-void PersistentForward<E>::run(Cell cell, const PartForward<E>& p, const Exchange& exchange,
-                               Stream stream) {
-  launch_persistent<FUSEDRNN_ISA::PersistentForwardBody, E>(cell, p, exchange, stream);
+void PersistentForward<E>::run(Cell cell, const SideBySide<PartForward<E>>& sides,
+                               const Exchange& exchange, Stream stream) {
+  launch_persistent<FUSEDRNN_ISA::PersistentForwardBody, E>(cell, sides, exchange, stream);
 }
 
 template <class E>
@@ -66,9 +77,9 @@ int64_t PersistentBackward<E>::resident(Cell cell, const PersistentForm& form) {
   return resident_persistent<FUSEDRNN_ISA::PersistentBackwardBody, E>(cell, form);
 }
 template <class E>
-void PersistentBackward<E>::run(Cell cell, const PartBackward<E>& p, const Exchange& exchange,
-                                Stream stream) {
-  launch_persistent<FUSEDRNN_ISA::PersistentBackwardBody, E>(cell, p, exchange, stream);
+void PersistentBackward<E>::run(Cell cell, const SideBySide<PartBackward<E>>& sides,
+                                const Exchange& exchange, Stream stream) {
+  launch_persistent<FUSEDRNN_ISA::PersistentBackwardBody, E>(cell, sides, exchange, stream);
 }
 
 }  // namespace fusedrnn

@@ -25,8 +25,8 @@ inline constexpr int kFreeRegisters = 200;
 // so that only a fault, or a debugger, keeps them.
 inline constexpr uint64_t kPatience = 10'000'000'000;  // nanoseconds
 
-// Which units and rows are a CTA's and a thread's. CTAs are numbered by the units first, by the
-// rows next. A thread has kItems rows of one unit.
+// Which units and rows are a CTA's and a thread's. CTAs of a side are numbered by the units first,
+// by the rows next. A thread has kItems rows of one unit.
 template <int kUnits, int kRows>
 class PersistentShare {
  public:
@@ -34,11 +34,11 @@ class PersistentShare {
   static constexpr int kItems = kUnits * kRows <= kThreads ? 1 : kUnits * kRows / kThreads;
   static_assert(kThreads % kUnits == 0 && kUnits * kRows % kWarp == 0);
 
-  FUSEDRNN_D PersistentShare(const Block& block, int64_t hidden, const Exchange& exchange)
+  FUSEDRNN_D PersistentShare(int thread, int64_t index, int64_t hidden, const Exchange& exchange)
       : units_(static_cast<int>(persistent_units(hidden))),
-        thread_(block.thread()),
-        first_unit_(static_cast<int>(block.index() % (units_ / kUnits)) * kUnits),
-        rows_before_(static_cast<int>(block.index() / (units_ / kUnits)) * kRows),
+        thread_(thread),
+        first_unit_(static_cast<int>(index % (units_ / kUnits)) * kUnits),
+        rows_before_(static_cast<int>(index / (units_ / kUnits)) * kRows),
         first_row_(exchange.first_row + rows_before_),
         rows_(exchange.rows - rows_before_) {}
 
@@ -75,7 +75,8 @@ class PersistentProduct {
       kDepthBytes / 4;  // of k, that the four lanes of a group load at once
   // Rows of the batch: eight a tile, two tiles at once where the registers hold their sums, in
   // turns.
-  static constexpr int kAtOnce = kRows == 8 || (kTiles > 2 && kTiles * kDepths > 31) ? 1 : 2;
+  static constexpr int kAtOnce =
+      kRows == 8 || kTiles > 6 || (kTiles > 2 && kTiles * kDepths > 31) ? 1 : 2;
   static constexpr int kTurns = kRows / (8 * kAtOnce);
   static_assert(kUnits % (2 * kHalf) == 0 && kRows % (8 * kAtOnce) == 0);
   // A unit's sums, 16 bytes where there is more than one; rows lie so that the lanes of a store
@@ -105,15 +106,15 @@ class PersistentProduct {
   static constexpr int kSharedBytes = 2 * kWarps * kSums * int{sizeof(float)} +
                                       kLaid * kTiles * 2 * kPersistentThreads * int{sizeof(Words)};
 
-  // w: (kGates, U, kBlocks * U), U = share.units().
+  // w: (kGates, U, kBlocks * U), U = share.units(). exchanged: the side's words of an Exchange.
   FUSEDRNN_D PersistentProduct(const Block& block, const Share& share, const E* w,
-                               const Exchange& exchange, int64_t batch)
+                               uint32_t* exchanged, int64_t batch)
       : block_(block),
         share_(share),
         lane_(lane_of(block.thread())),
         warp_(block.thread() / kWarp),
         depths_(row_words() / kDepthWords - warp_),
-        words_(exchange.words),
+        words_(exchanged),
         batch_(batch) {
     FUSEDRNN_ONE_BY_ONE
     for (int s = kHeld; s < kDepths; ++s) {

@@ -225,6 +225,23 @@ struct PartBackward {
   E* previous;  // (part's rows, H), or null: as in BackwardStep
 };
 
+// Directions of a layer that a kernel for many steps takes side by side: as many CTAs for each, the
+// first one's first.
+template <class Part>
+struct SideBySide {
+  Part part[2];
+  int count;  // 1 or 2
+};
+
+// Which of them a CTA has, and its number among that one's.
+struct Side {
+  int which;
+  int64_t index;
+
+  FUSEDRNN_HD Side(int64_t block, int64_t blocks_each)
+      : which(block < blocks_each ? 0 : 1), index(block - which * blocks_each) {}
+};
+
 // The units U = V that one_cta has for H hidden ones: with fewer, a step would take hardly less
 // time.
 inline constexpr int64_t one_cta_units(int64_t hidden) { return hidden <= 64 ? 64 : 128; }
@@ -260,10 +277,10 @@ inline constexpr struct {
 // What the CTAs of a persistent kernel have beside the part.
 struct Exchange {
   PersistentForm form;
-  int64_t first_row;  // of the batch, that the kernel's CTAs have
-  int rows;           // of the batch, that they have
-  uint32_t* words;    // (steps, B, blocks of W_hh's columns, V) values of E, kUnwritten everywhere;
-                      // step by step what W_hh multiplies
+  int64_t first_row;   // of the batch, that the kernel's CTAs have
+  int rows;            // of the batch, that they have
+  uint32_t* words[2];  // a side's (steps, B, blocks of W_hh's columns, V) values of E, kUnwritten
+                       // everywhere; step by step what W_hh multiplies
 };
 
 // The half of such a step that comes first where there is a projection.

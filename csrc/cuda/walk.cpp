@@ -52,14 +52,17 @@ PartOfWalk Walk::part(Steps steps, bool reverse) const {
 
 std::vector<Steps> Walk::parts(int64_t most_rows, bool backwards) const {
   std::vector<Steps> parts;
-  for (int64_t begin = 0; begin < steps_;) {
-    int64_t end = begin + 1;
-    while (end < std::min(steps_, begin + most_steps_) && rows(Steps{begin, end + 1}) <= most_rows)
-      ++end;
-    parts.push_back({begin, end});
-    begin = end;
+  for (Steps left = {0, steps_}; left.count() > 0;) {
+    const auto first = [&](int64_t steps) {
+      return backwards ? Steps{left.end - steps, left.end} : Steps{left.begin, left.begin + steps};
+    };
+    int64_t steps = 1;
+    while (steps < std::min(left.count(), most_steps_) && rows(first(steps + 1)) <= most_rows) {
+      ++steps;
+    }
+    parts.push_back(first(steps));
+    backwards ? left.end -= steps : left.begin += steps;
   }
-  if (backwards) std::reverse(parts.begin(), parts.end());
   return parts;
 }
 

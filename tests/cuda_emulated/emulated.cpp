@@ -118,7 +118,8 @@ at::Tensor reversed_in_block(const std::string& fault) {
   return to;
 }
 
-// The persistent kernels' form for a layer: units, depths, rows, and rows of the batch a launch.
+// The persistent kernels' form for a layer: units, depths, rows, and rows of the batch and
+// directions a launch.
 std::vector<int64_t> persistent_form(const std::string& mode, const at::Tensor& x,
                                      const OptionalTensor& lengths,
                                      const OptionalTensor& batch_sizes, const OptionalTensor& reset,
@@ -128,7 +129,7 @@ std::vector<int64_t> persistent_form(const std::string& mode, const at::Tensor& 
   const Layer layer(mode, in, has_biases, bidirectional);
   Recurrence how{};
   with_storage(layer, [&]<class E>() { how = recurrence_of<PersistentForward, E>(layer); });
-  return {how.form.units, how.form.depths, how.form.rows, how.rows};
+  return {how.form.units, how.form.depths, how.form.rows, how.rows, how.sides};
 }
 
 // What multiply() saw since the last call.
