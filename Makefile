@@ -65,14 +65,21 @@ ifneq ($(CXX_FILES),)
 	@sh scripts/tool.sh $(PY) clang-format -i $(CXX_FILES)
 endif
 
-# Minutes to compile, so no part of `make test`.
+# Many minutes to compile (make -j2), so no part of `make test`. SANITIZE_ISAS names what to run.
 SANITIZE_SOURCES := tests/kernels/kernel_check.cpp csrc/cpu/isa.cpp csrc/cpu/plan.cpp $(wildcard csrc/cpu/kernels_*.cpp)
+SANITIZE_OBJECTS := $(patsubst %.cpp,build/sanitize/%.o,$(SANITIZE_SOURCES))
+SANITIZE_FLAGS := -O1 -g -std=c++20 -ffp-contract=fast -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZE_ISAS := baseline avx2 avx512
 
-sanitize:  ## the kernels alone under AddressSanitizer and UndefinedBehaviorSanitizer
-	@mkdir -p build
-	$(CXX) -O1 -g -std=c++20 -ffp-contract=fast -Wno-psabi -fsanitize=address,undefined \
-	    -fno-sanitize-recover=undefined -Icsrc $(SANITIZE_SOURCES) -pthread -o build/kernel_check
-	for isa in baseline avx2 avx512; do build/kernel_check $$isa || exit 1; done
+build/sanitize/%.o: %.cpp $(filter %.h,$(CSRC))
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE_FLAGS) -Icsrc -c $< -o $@
+
+build/sanitize/kernel_check: $(SANITIZE_OBJECTS)
+	$(CXX) $(SANITIZE_FLAGS) $^ -pthread -o $@
+
+sanitize: build/sanitize/kernel_check  ## the kernels alone under AddressSanitizer and UndefinedBehaviorSanitizer
+	for isa in $(SANITIZE_ISAS); do $< $$isa || exit 1; done
 
 cuda-probe:  ## compile build/cuda/probe, which measures a GPU; needs nvcc, no GPU
 	bash scripts/build_cuda_probe.sh

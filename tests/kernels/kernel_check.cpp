@@ -1,7 +1,7 @@
-// The kernels without torch: every cell, direction, ragged rows, resets, projection and split of a
-// team, forward against plain loops in double and backward against finite differences. Built with
-// sanitizers or for another architecture by tests/test_kernels.py; each array has exactly the size
-// that recurrence.h promises, so that a read past its end is seen.
+// The kernels without torch, in float and double: every cell, direction, ragged rows, resets,
+// projection and split of a team, forward against plain loops in double and backward against finite
+// differences. Built with sanitizers or for another architecture by tests/test_kernels.py; each
+// array has exactly the size that recurrence.h promises, so that a read past its end is seen.
 //
 // Exit status 0: all agree. The argument names the instruction set.
 #include <algorithm>
@@ -9,11 +9,13 @@
 #include <cstdio>
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <random>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -26,12 +28,28 @@ using Values = std::vector<double>;
 
 std::mt19937 generator(1);
 
+// Values that a float holds too.
 Values random_values(int64_t n) {
-  std::uniform_real_distribution<double> uniform(-0.7, 0.7);
+  std::uniform_real_distribution<float> uniform(-0.7f, 0.7f);
   Values v(n);
   for (double& x : v) x = uniform(generator);
   return v;
 }
+
+template <class S>
+std::vector<S> as(const Values& from) {
+  return {from.begin(), from.end()};
+}
+template <class S>
+Values wide(const S* from, int64_t n) {
+  return {from, from + n};
+}
+
+// Of a kernel's rounding, and of finite differences beside it.
+template <class S>
+constexpr double kExact = std::is_same_v<S, double> ? 1e-12 : 2e-6;
+template <class S>
+constexpr double kDifference = std::is_same_v<S, double> ? 2e-7 : 5e-6;
 
 struct Case {
   Cell cell;
@@ -145,6 +163,40 @@ double loss(const Case& c, const Problem& p) {
   return sum;
 }
 
+// Every how many entries of a gradient one is compared.
+template <class Array>
+size_t sample_stride(const Array& gradient) {
+  return gradient.size() / 12 + 1;
+}
+
+constexpr struct {
+  const char* name;
+  Values Problem::* of;
+} kGradients[] = {{"dx", &Problem::x},       {"dh0", &Problem::h0},     {"dc0", &Problem::c0},
+                  {"dw_ih", &Problem::w_ih}, {"dw_hh", &Problem::w_hh}, {"db_ih", &Problem::b_ih},
+                  {"db_hh", &Problem::b_hh}, {"dw_hr", &Problem::w_hr}};
+
+struct Expected {
+  Result result;
+  Values gradients[std::size(kGradients)];  // samples; none where the cell has no such thing
+};
+
+Expected expect(const Case& c, const Problem& p) {
+  constexpr double step = 1e-6;
+  Expected e{plain_forward(c, p), {}};
+  for (size_t k = 0; k < std::size(kGradients); ++k) {
+    Values Problem::* const of = kGradients[k].of;
+    if (of == &Problem::c0 && c.cell != Cell::kLstm) continue;
+    for (size_t i = 0; i < (p.*of).size(); i += sample_stride(p.*of)) {
+      Problem up = p, down = p;
+      (up.*of)[i] += step;
+      (down.*of)[i] -= step;
+      e.gradients[k].push_back((loss(c, up) - loss(c, down)) / (2 * step));
+    }
+  }
+  return e;
+}
+
 // The groups' rows of a state lie two rows apart.
 std::vector<int64_t> state_rows(const Case& c) {
   std::vector<int64_t> rows;
@@ -156,33 +208,37 @@ std::vector<int64_t> state_rows(const Case& c) {
 }
 
 // Rows of `units` values, padded, where the states lie; NaN between them.
-Values place_rows(const Values& from, const std::vector<int64_t>& at, int64_t units) {
-  Values to((at.back() + 1) * padded(units), std::numeric_limits<double>::quiet_NaN());
+template <class S>
+std::vector<S> place_rows(const Values& from, const std::vector<int64_t>& at, int64_t units) {
+  std::vector<S> to((at.back() + 1) * padded(units), std::numeric_limits<S>::quiet_NaN());
   for (size_t b = 0; b < at.size(); ++b) {
-    double* row = &to[at[b] * padded(units)];
-    std::fill(std::copy(&from[b * units], &from[b * units] + units, row), row + padded(units), 0.0);
+    S* row = &to[at[b] * padded(units)];
+    std::fill(std::copy(&from[b * units], &from[b * units] + units, row), row + padded(units),
+              S(0));
   }
   return to;
 }
 
-Values pad_rows(const Values& from, int64_t rows, int64_t units) {
+template <class S>
+std::vector<S> pad_rows(const Values& from, int64_t rows, int64_t units) {
   std::vector<int64_t> at(rows);
   std::iota(at.begin(), at.end(), 0);
-  return place_rows(from, at, units);
+  return place_rows<S>(from, at, units);
 }
 
 // Scratch for the kernels, zeros, with a margin behind each piece that nobody may touch.
+template <class S>
 class Rooms {
  public:
-  double* take(int64_t values) {
-    Values& room = rooms_.emplace_back(values + kMargin, kUntouched);
-    std::fill(room.begin(), room.end() - kMargin, 0.0);
+  S* take(int64_t values) {
+    std::vector<S>& room = rooms_.emplace_back(values + kMargin, kUntouched);
+    std::fill(room.begin(), room.end() - kMargin, S(0));
     return room.data();
   }
   bool untouched() const {
-    return std::all_of(rooms_.begin(), rooms_.end(), [](const Values& room) {
+    return std::all_of(rooms_.begin(), rooms_.end(), [](const std::vector<S>& room) {
       return std::all_of(room.end() - kMargin, room.end(),
-                         [](double value) { return value == kUntouched; });
+                         [](S value) { return value == kUntouched; });
     });
   }
 
@@ -192,8 +248,8 @@ class Rooms {
 #else
   static constexpr int64_t kMargin = 4096;
 #endif
-  static constexpr double kUntouched = 1e300;
-  std::deque<Values> rooms_;
+  static constexpr S kUntouched = std::numeric_limits<S>::max();
+  std::deque<std::vector<S>> rooms_;
 };
 
 void run(const Plan& plan, const std::function<void(const Slot&)>& body) {
@@ -232,8 +288,10 @@ Chunk chunk_at(const Case& c, int64_t steps, int64_t index, bool from_end) {
   return {at * c.chunk, std::min(steps, (at + 1) * c.chunk), index == 0, index == count - 1};
 }
 
-void check(const Case& c, const KernelTable<double>& table) {
-  const Problem p = make_problem(c);
+template <class S>
+void check(const Case& c, const Problem& p, const Expected& want) {
+  using Array = std::vector<S>;
+  const KernelTable<S>& table = current_isa().table<S>();
   const int64_t H = c.hidden, P = c.output, Hp = padded(H), Pp = padded(P), pairs = p.row0.back();
   const int64_t gates = gate_blocks(c.cell), width = saved_blocks(c.cell) * Hp;
   const int64_t steps = p.steps(), chunks = (steps + c.chunk - 1) / c.chunk;
@@ -241,22 +299,25 @@ void check(const Case& c, const KernelTable<double>& table) {
   const std::vector<int64_t> at = state_rows(c);
   const Schedule schedule = {steps,   c.batch, p.rows.data(), p.row0.data(),
                              nullptr, nullptr, at.data()};
-  const Weights<double> weights = {p.w_ih.data(), p.w_hh.data(), p.b_ih.data(), p.b_hh.data(),
-                                   p.sizes.projected ? p.w_hr.data() : nullptr};
+  const Array x = as<S>(p.x), dy = as<S>(p.dy);
+  const Array w_ih = as<S>(p.w_ih), w_hh = as<S>(p.w_hh), w_hr = as<S>(p.w_hr);
+  const Array b_ih = as<S>(p.b_ih), b_hh = as<S>(p.b_hh);
+  const Weights<S> weights = {w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data(),
+                              p.sizes.projected ? w_hr.data() : nullptr};
   const uint8_t* reset = p.reset.empty() ? nullptr : p.reset.data();
-  const Values zeros(4 * Hp);
+  const Array zeros(4 * Hp);
 
-  Rooms rooms;
-  Values y(pairs * P), h_n = p.h0;
-  double *const saved = rooms.take(pairs * width), *const cells = rooms.take(pairs * Hp);
-  Values h_a = place_rows(p.h0, at, P), h_b = h_a, cell = place_rows(p.c0, at, H);
-  ForwardArgs<double> forward{};
+  Rooms<S> rooms;
+  Array y(pairs * P), h_n = as<S>(p.h0);
+  S *const saved = rooms.take(pairs * width), *const cells = rooms.take(pairs * Hp);
+  Array h_a = place_rows<S>(p.h0, at, P), h_b = h_a, cell = place_rows<S>(p.c0, at, H);
+  ForwardArgs<S> forward{};
   forward.sizes = p.sizes;
   forward.schedule = schedule;
   forward.directions = 1;
   forward.save = true;
   forward.zeros = zeros.data();
-  ForwardDirection<double>& f = forward.direction[0];
+  ForwardDirection<S>& f = forward.direction[0];
   f.reverse = c.reverse;
   f.weights = weights;
   f.packed = {rooms.take(gates * whole(Hp) * c.input), rooms.take(gates * whole(Hp) * P),
@@ -269,7 +330,7 @@ void check(const Case& c, const KernelTable<double>& table) {
   std::vector<int64_t> group_rows(c.plan.threads() * pairs);
   forward.group_rows = group_rows.data();
   forward.group_rows_stride = pairs;
-  f.x = p.x.data();
+  f.x = x.data();
   f.y = y.data();
   f.y_stride = P;
   f.gates_stride = width;
@@ -287,28 +348,27 @@ void check(const Case& c, const KernelTable<double>& table) {
     run(c.plan, [&](const Slot& slot) { table.forward[static_cast<int>(c.cell)](forward, slot); });
     f.turn ^= (f.chunk.end - f.chunk.begin) & 1;
   }
-  const Result want = plain_forward(c, p);
-  expect_close("y", c, y, want.y, 1e-12);
-  expect_close("h_n", c, h_n, want.h_n, 1e-12);
+  expect_close("y", c, wide(y.data(), y.size()), want.result.y, kExact<S>);
+  expect_close("h_n", c, wide(h_n.data(), h_n.size()), want.result.h_n, kExact<S>);
   if (c.cell == Cell::kLstm) {
     for (int64_t b = 0; b < c.batch; ++b) {
-      const double *got = &cell[at[b] * Hp], *expected = &want.c_n[b * H];
-      expect_close("c_n", c, Values(got, got + H), Values(expected, expected + H), 1e-12);
+      expect_close("c_n", c, wide(&cell[at[b] * Hp], H), wide(&want.result.c_n[b * H], H),
+                   kExact<S>);
     }
   }
 
-  const Values h0 = pad_rows(p.h0, c.batch, P), c0 = pad_rows(p.c0, c.batch, H);
-  const Values dh_n = pad_rows(p.dh_n, c.batch, P);
-  Values carry = place_rows(c.cell == Cell::kLstm ? p.dc_n : Values(c.batch * H), at, H);
-  double *const dgates = rooms.take(pairs * width), *const next = rooms.take(c.batch * width);
+  const Array h0 = pad_rows<S>(p.h0, c.batch, P), c0 = pad_rows<S>(p.c0, c.batch, H);
+  const Array dh_n = pad_rows<S>(p.dh_n, c.batch, P);
+  Array carry = place_rows<S>(c.cell == Cell::kLstm ? p.dc_n : Values(c.batch * H), at, H);
+  S *const dgates = rooms.take(pairs * width), *const next = rooms.take(c.batch * width);
   // What is written must not depend on what was there; what is added to, holds zeros.
-  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const S nan = std::numeric_limits<S>::quiet_NaN();
   const bool add_dx = c.reverse;
-  Values dx(p.x.size(), add_dx ? 0 : nan), dh0 = p.dh_n, dc0 = p.dc_n;
-  Values dw_ih(p.w_ih.size(), nan), dw_hh(p.w_hh.size(), nan), dw_hr(p.w_hr.size(), nan);
-  Values db_ih(p.b_ih.size(), nan), db_hh(p.b_hh.size(), nan);
-  std::vector<const double*> previous(pairs);
-  BackwardArgs<double> backward{};
+  Array dx(p.x.size(), add_dx ? 0 : nan), dh0 = as<S>(p.dh_n), dc0 = as<S>(p.dc_n);
+  Array dw_ih(p.w_ih.size(), nan), dw_hh(p.w_hh.size(), nan), dw_hr(p.w_hr.size(), nan);
+  Array db_ih(p.b_ih.size(), nan), db_hh(p.b_hh.size(), nan);
+  std::vector<const S*> previous(pairs);
+  BackwardArgs<S> backward{};
   backward.sizes = p.sizes;
   backward.schedule = schedule;
   backward.directions = 1;
@@ -320,15 +380,15 @@ void check(const Case& c, const KernelTable<double>& table) {
   backward.panels[1] = rooms.take(pairs * whole(std::max(P, H)));
   backward.columns = rooms.take(c.plan.threads() * pairs * kGradientRows);
   backward.columns_stride = pairs * kGradientRows;
-  BackwardDirection<double>& d = backward.direction[0];
+  BackwardDirection<S>& d = backward.direction[0];
   d.reverse = c.reverse;
   d.weights = weights;
   d.packed = {rooms.take(gates * Hp * whole(c.input)), rooms.take(gates * Hp * whole(P)),
               rooms.take(P * whole(Hp)), nullptr, nullptr};
-  d.x = p.x.data();
+  d.x = x.data();
   d.y = y.data();
   d.y_stride = d.dy_stride = P;
-  d.dy = p.dy.data();
+  d.dy = dy.data();
   d.gates_stride = width;
   d.cells = cells;
   d.cells_stride = Hp;
@@ -357,35 +417,24 @@ void check(const Case& c, const KernelTable<double>& table) {
     run(c.plan,
         [&](const Slot& slot) { table.backward[static_cast<int>(c.cell)](backward, slot); });
     const int64_t t = c.reverse ? d.chunk.end - 1 : d.chunk.begin;
-    const double* from = dgates + (p.row0[t] - p.row0[d.chunk.begin]) * width;
+    const S* from = dgates + (p.row0[t] - p.row0[d.chunk.begin]) * width;
     std::copy(from, from + p.rows[t] * width, next);
   }
-  const auto check_gradient = [&](const char* what, Values Problem::* member, const Values& got) {
-    constexpr double step = 1e-6;
-    const size_t stride = got.size() / 12 + 1;  // a sample of the entries
-    Values some, numeric;
-    for (size_t i = 0; i < got.size(); i += stride) {
-      Problem up = p, down = p;
-      (up.*member)[i] += step;
-      (down.*member)[i] -= step;
-      some.push_back(got[i]);
-      numeric.push_back((loss(c, up) - loss(c, down)) / (2 * step));
+  const Array* const found[] = {&dx, &dh0, &dc0, &dw_ih, &dw_hh, &db_ih, &db_hh, &dw_hr};
+  static_assert(std::size(found) == std::size(kGradients));
+  for (size_t k = 0; k < std::size(found); ++k) {
+    const Values& expected = want.gradients[k];
+    Values some;
+    for (size_t i = 0; some.size() < expected.size(); i += sample_stride(*found[k])) {
+      some.push_back((*found[k])[i]);
     }
-    expect_close(what, c, some, numeric, 2e-7);
-  };
-  check_gradient("dx", &Problem::x, dx);
-  check_gradient("dh0", &Problem::h0, dh0);
-  if (c.cell == Cell::kLstm) check_gradient("dc0", &Problem::c0, dc0);
-  check_gradient("dw_ih", &Problem::w_ih, dw_ih);
-  check_gradient("dw_hh", &Problem::w_hh, dw_hh);
-  check_gradient("db_ih", &Problem::b_ih, db_ih);
-  check_gradient("db_hh", &Problem::b_hh, db_hh);
-  if (p.sizes.projected) check_gradient("dw_hr", &Problem::w_hr, dw_hr);
+    expect_close(kGradients[k].name, c, some, expected, kDifference<S>);
+  }
   if (!rooms.untouched()) fail("scratch overrun", c, 0);
 }
 
-// Plans that hang on the distance of threads share units alone, and the farther these are, the fewer
-// they use.
+// Plans that hang on the distance of threads share units alone, and the farther these are, the
+// fewer they use.
 void check_plans() {
   int hang = 0;
   for (Cell cell : {Cell::kLstm, Cell::kGru, Cell::kRnnTanh}) {
@@ -395,16 +444,22 @@ void check_plans() {
           for (int directions : {1, 2}) {
             for (int products : {1, 3}) {
               for (int threads : {1, 2, 3, 4, 16}) {
-                Workload work = {cell,  {hidden, hidden, hidden, false}, directions, batch,
-                                 steps * batch, 4, 4, products};
+                Workload work = {cell,
+                                 {hidden, hidden, hidden, false},
+                                 directions,
+                                 batch,
+                                 steps * batch,
+                                 4,
+                                 4,
+                                 products};
                 const bool hangs = hangs_on_distance(work, threads);
                 hang += hangs;
                 int parts = kMaxThreads;
                 for (Distance d : {Distance::kNear, Distance::kUnknown, Distance::kFar}) {
                   work.distance = d;
                   const Plan plan = plan_team(work, threads);
-                  const bool right = !hangs || (plan.groups == 1 && plan.directions == 1 &&
-                                                plan.parts <= parts);
+                  const bool right =
+                      !hangs || (plan.groups == 1 && plan.directions == 1 && plan.parts <= parts);
                   if (!right || plan.threads() > threads) {
                     ++failures;
                     std::printf("plan: cell %d B %ld H %ld T %ld threads %d distance %d\n",
@@ -433,6 +488,13 @@ int main(int argc, char** argv) {
   using namespace fusedrnn;
   if (argc > 1) set_isa(argv[1]);
   int cases = 0;
+  const auto check_types = [&](const Case& c) {
+    const Problem p = make_problem(c);
+    const Expected want = expect(c, p);
+    check<float>(c, p, want);
+    check<double>(c, p, want);
+    cases += 2;
+  };
   for (Cell cell : {Cell::kLstm, Cell::kGru, Cell::kRnnTanh, Cell::kRnnRelu}) {
     for (const std::vector<int64_t>& lengths : {std::vector<int64_t>{1},
                                                 std::vector<int64_t>(37, 1),
@@ -445,10 +507,8 @@ int main(int argc, char** argv) {
             for (Plan plan : {Plan{1, 1, 1}, Plan{1, 2, 1}, Plan{1, 1, 2}, Plan{1, 2, 2}}) {
               for (int64_t output : {hidden, int64_t{4}}) {
                 if (output != hidden && cell != Cell::kLstm) continue;
-                check({cell, static_cast<int64_t>(lengths.size()), input, hidden, output, lengths,
-                       reverse, reset, plan, 2},
-                      current_isa().table<double>());
-                ++cases;
+                check_types({cell, static_cast<int64_t>(lengths.size()), input, hidden, output,
+                             lengths, reverse, reset, plan, 2});
               }
             }
           }
@@ -459,9 +519,7 @@ int main(int argc, char** argv) {
   // W_ih by blocks, the last of which is shorter.
   for (Cell cell : {Cell::kLstm, Cell::kGru}) {
     for (Plan plan : {Plan{1, 1, 1}, Plan{1, 1, 2}}) {
-      check({cell, 17, 64, 176, 176, std::vector<int64_t>(17, 1), false, false, plan, 2},
-            current_isa().table<double>());
-      ++cases;
+      check_types({cell, 17, 64, 176, 176, std::vector<int64_t>(17, 1), false, false, plan, 2});
     }
   }
   check_plans();
