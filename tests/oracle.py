@@ -274,3 +274,19 @@ def _direction(net: nn.Module, layer: int, direction: int) -> _OneDirection:
         options["nonlinearity"] = net.nonlinearity
     one = type(net)(params["weight_ih_l0"].shape[1], net.hidden_size, **options)
     return _OneDirection(one, params)
+
+
+def fused(mode: str, sizes: tuple[int, ...], **options: Any) -> nn.Module:
+    """A module of input_size and hidden_size ``sizes``."""
+    if mode.startswith("RNN"):
+        options["nonlinearity"] = mode[4:].lower()
+    return getattr(fusedrnn, mode.split("_")[0])(*sizes, **options)
+
+
+def trained(net: nn.Module, x: Tensor, **extras: Tensor) -> list[Tensor]:
+    """Outputs and gradients, of x where it wants one and of all parameters."""
+    outputs = tensors(net(x, **extras))
+    torch.manual_seed(1)
+    dys = [torch.randn(t.shape).to(t.dtype) for t in outputs]
+    leaves = [*net.parameters(), *([x] if x.requires_grad else [])]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, dys)]

@@ -13,11 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fusedrnn
 import oracle
@@ -26,20 +25,6 @@ from fusedrnn import _C
 ROOT = Path(fusedrnn.__file__).resolve().parents[1]
 # T, B, I, H of work that is split by rows, by hidden units, by directions, and not at all.
 SHAPES = {"rows": (20, 48, 32, 64), "units": (20, 2, 64, 320), "small": (3, 2, 4, 5)}
-
-
-def build(mode: str, shape: tuple[int, ...], **options: Any) -> nn.Module:
-    if mode.startswith("RNN"):
-        options["nonlinearity"] = mode[4:].lower()
-    return getattr(fusedrnn, mode.split("_")[0])(shape[2], shape[3], **options)
-
-
-def train(net: nn.Module, x: Tensor, **extras: Tensor) -> list[Tensor]:
-    outputs = oracle.tensors(net(x, **extras))
-    torch.manual_seed(1)
-    dys = [torch.randn(t.shape).to(t.dtype) for t in outputs]
-    leaves = [*net.parameters(), *([x] if x.requires_grad else [])]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, dys)]
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -56,19 +41,19 @@ def same(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
 def test_any_number_of_threads(mode: str, shape: str, bidirectional: bool, ragged: bool) -> None:
     steps, batch, *_ = sizes = SHAPES[shape]
-    net = build(mode, sizes, bidirectional=bidirectional)
+    net = oracle.fused(mode, sizes[2:], bidirectional=bidirectional)
     x = torch.randn(steps, batch, sizes[2])
     extras = {}
     if ragged:
         extras["lengths"] = torch.randint(0, steps + 1, (batch,))
         extras["reset"] = torch.rand(steps, batch) < 0.1
     with oracle.num_threads(1):
-        expected = train(net, x, **extras)
+        expected = oracle.trained(net, x, **extras)
     for count in (2, 3, 4):
         with oracle.num_threads(count):
-            first = train(net, x, **extras)
+            first = oracle.trained(net, x, **extras)
             same(first, expected)
-            assert oracle.same_bits(first, train(net, x, **extras)), "not reproducible"
+            assert oracle.same_bits(first, oracle.trained(net, x, **extras)), "not reproducible"
 
 
 @pytest.fixture
@@ -91,13 +76,13 @@ def test_the_distance_of_threads_changes_no_bit(
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> None:
-    net = build(mode, shape, dtype=dtype)
+    net = oracle.fused(mode, shape[2:], dtype=dtype)
     x = torch.randn(shape[:3]).to(dtype).requires_grad_()
     with oracle.num_threads(2):
         found = []
         for distance in ("near", "far", "measured"):
             assume_threads(distance)
-            found.append(train(net, x))
+            found.append(oracle.trained(net, x))
     assert oracle.same_bits(found[0], found[1])
     assert oracle.same_bits(found[0], found[2])
 
@@ -110,31 +95,34 @@ def test_the_distance_is_one_that_there_is() -> None:
 def test_threads_are_measured_where_calls_follow_each_other(isa: str) -> None:
     """Many short calls, some after a pause in which the other thread falls asleep."""
     shape = (100, 1, 64, 64)
-    net = build("LSTM", shape)
+    net = oracle.fused("LSTM", shape[2:])
     x = torch.randn(shape[:3])
     with oracle.num_threads(2):
-        expected = train(net, x)
+        expected = oracle.trained(net, x)
         for pause in (0.0,) * 50 + (0.02,) * 3 + (0.0,) * 50:
             time.sleep(pause)
-            assert oracle.same_bits(train(net, x), expected)
+            assert oracle.same_bits(oracle.trained(net, x), expected)
 
 
 def test_projection_with_any_number_of_threads() -> None:
     net = fusedrnn.LSTM(40, 200, proj_size=90, bidirectional=True)
     x = torch.randn(12, 6, 40)
     with oracle.num_threads(1):
-        expected = train(net, x)
+        expected = oracle.trained(net, x)
     for count in (2, 3, 4):
         with oracle.num_threads(count):
-            same(train(net, x), expected)
+            same(oracle.trained(net, x), expected)
 
 
 def test_calls_at_once() -> None:
     """Several Python threads, each with nets of its own and one that they share."""
-    shared = build("LSTM", SHAPES["rows"])
+    shared = oracle.fused("LSTM", SHAPES["rows"][2:])
     inputs = [torch.randn(20, 48, 32) for _ in range(4)]
-    own = [build("GRU", SHAPES["rows"]) for _ in inputs]
-    expected = [(train(shared, x), train(net, x)) for x, net in zip(inputs, own, strict=True)]
+    own = [oracle.fused("GRU", SHAPES["rows"][2:]) for _ in inputs]
+    expected = [
+        (oracle.trained(shared, x), oracle.trained(net, x))
+        for x, net in zip(inputs, own, strict=True)
+    ]
     failures: list[BaseException] = []
 
     def work(index: int) -> None:
@@ -160,7 +148,7 @@ def test_calls_at_once() -> None:
 
 
 def test_the_instruction_set_may_change_meanwhile() -> None:
-    net = build("GRU", SHAPES["rows"])
+    net = oracle.fused("GRU", SHAPES["rows"][2:])
     x = torch.randn(20, 48, 32)
     with torch.no_grad():
         expected, _ = net(x)
@@ -387,81 +375,9 @@ def test_an_unknown_forced_instruction_set_is_an_error() -> None:
     assert "instruction set 'mmx' is not available: expected one of" in said
 
 
-# --- denormals ----------------------------------------------------------------------------------
-
-
-def denormals_survive() -> bool:
-    """Whether this thread, and the threads that torch computes with, keep subnormal numbers."""
-    tiny = torch.full((100_000,), 1e-40)
-    return bool((tiny * 1 != 0).all()) and torch.tensor([1e-40]).mul(1).item() != 0
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_the_callers_mode_is_unchanged(count: int) -> None:
-    torch.set_num_threads(count)
-    assert denormals_survive()
-    net = build("LSTM", SHAPES["rows"])
-    x = torch.randn(20, 48, 32) * 1e-40
-    train(net, x)
-    assert denormals_survive()
-    with pytest.raises(ValueError, match="lengths"):
-        net(x, lengths=torch.full((48,), 99))
-    assert denormals_survive()
-
-
-def test_a_caller_that_flushes_still_flushes() -> None:
-    net = build("GRU", SHAPES["small"])
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush denormals")
-    try:
-        net(torch.randn(3, 2, 4))
-        assert torch.tensor([1e-40]).mul(1).item() == 0
-    finally:
-        torch.set_flush_denormal(False)
-
-
-@pytest.mark.parametrize("mode", oracle.MODES)
-def test_denormal_inputs_give_right_results(mode: str, isa: str) -> None:
-    """Inputs, states, weights and gradients among the subnormals: right up to their flushing."""
-    torch.set_num_threads(1)
-    net = build(mode, SHAPES["small"])
-    with torch.no_grad():
-        net.weight_ih_l0[::2] *= 1e-39
-        net.weight_hh_l0[1::2] *= 1e-39
-    options = {"nonlinearity": net.nonlinearity} if mode.startswith("RNN") else {}
-    double = getattr(nn, type(net).__name__)(4, 5, dtype=torch.float64, **options)
-    double.load_state_dict(net.state_dict())
-    for scale in (1e-38, 1e-40, 1e-44):
-        x = torch.randn(3, 2, 4) * scale
-        found, expected = train(net, x), train(double, x.double())
-        for mine, theirs in zip(found, expected, strict=True):
-            tolerance = 32 * torch.finfo(torch.float32).eps * theirs.abs().max() + 1e-36
-            assert (mine.double() - theirs).abs().max() <= tolerance
-
-
-def test_denormals_are_not_slow() -> None:
-    """Without flushing, products of subnormal numbers take up to a hundred times as long."""
-    torch.set_num_threads(1)
-    net = build("LSTM", (50, 16, 128, 128))
-    with torch.no_grad():
-        for bias in (net.bias_ih_l0, net.bias_hh_l0):
-            bias.zero_()
-    normal = torch.randn(50, 16, 128)
-    with torch.no_grad():
-        net(normal)
-        seconds: dict[float, list[float]] = {1.0: [], 1e-40: []}
-        for _ in range(7):
-            for scale, times in seconds.items():
-                x = normal * scale
-                begin = time.perf_counter()
-                net(x)
-                times.append(time.perf_counter() - begin)
-    assert min(seconds[1e-40]) < 3 * min(seconds[1.0])
-
-
 def test_threads_do_not_hurt_small_work() -> None:
     """Work too small to share stays on one thread, whatever the number allowed."""
-    net = build("GRU", SHAPES["small"])
+    net = oracle.fused("GRU", SHAPES["small"][2:])
     x = torch.randn(3, 2, 4)
     best: dict[int, float] = {}
     with torch.no_grad():
