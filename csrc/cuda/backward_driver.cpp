@@ -31,23 +31,18 @@ class BackwardRun {
         gates_(in.gates.contiguous()),
         cells_(in.cells.contiguous()),
         width_(blocks_.count * layer.sizes.hidden),
-        exact_(in.layer.x.options().dtype(layer.accumulate)) {
+        exact_(in.layer.x.options().dtype(layer.accumulate)),
+        parts_(walk_.parts(rows_of_part(width_ * static_cast<int64_t>(sizeof(E))), layer.directions,
+                           /*back=*/true)) {
     const auto kept = in.layer.x.options();
-    const int64_t most = rows_of_part(width_ * static_cast<int64_t>(sizeof(E)));
-    int64_t rows = 0, steps = 0;
-    for (int d = 0; d < layer.directions; ++d) {
-      parts_[d] = walk_.parts(most, d == 0);
-      rows = std::max(rows, walk_.most_rows(parts_[d]));
-      steps = std::max(steps, longest(parts_[d]));
-    }
-    const int64_t sides = how_.sides;
+    const int64_t sides = how_.sides, rows = parts_.rows;
     dgates_ = at::empty({sides, rows, width_}, kept);
     direct_ = at::empty({sides, layer.batch, sizes_.output}, exact_);
     if (how_.strategy == Strategy::kPerStep) {
       product_ = at::empty({layer.batch, sizes_.output}, exact_);
     }
     if (how_.strategy == Strategy::kPersistent) {
-      exchanged_ = exchange_memory(layer, x_, sides, steps, blocks_.gates);
+      exchanged_ = exchange_memory(layer, x_, sides, parts_.steps, blocks_.gates);
     }
     if (has_cell_state(layer.cell)) dc_ = at::empty({sides, layer.batch, sizes_.hidden}, exact_);
     if (sizes_.projected) {
@@ -64,7 +59,7 @@ class BackwardRun {
       dx_ = layer.directions == 1 ? out.dx.reshape(x_.sizes()) : at::empty(x_.sizes(), exact_);
       if (layer.directions == 2) dx_part_ = at::empty({rows, sizes_.input}, exact_);
       // Side by side in several parts, either direction comes first somewhere.
-      adds_dx_ = how_.sides == 2 && parts_[0].size() > 1;
+      adds_dx_ = how_.sides == 2 && parts_.of[0].size() > 1;
       if (adds_dx_) dx_.zero_();
     }
   }
@@ -90,7 +85,7 @@ class BackwardRun {
   void run(int first) {
     std::vector<Walker> walkers;
     for (int i = 0; i < how_.sides; ++i) walkers.push_back(start(first + i, i));
-    for (size_t k = 0; k < parts_[first].size(); ++k) {
+    for (size_t k = 0; k < parts_.of[first].size(); ++k) {
       recur(walkers, k);
       for (Walker& w : walkers) add_part(w, w.parts[k]);
     }
@@ -114,7 +109,7 @@ class BackwardRun {
              own(previous_),
              own(direct_),
              own(dc_),
-             parts_[d],
+             parts_.of[d],
              sum_like(d, 0),
              sum_like(d, 1),
              {},
@@ -164,7 +159,7 @@ class BackwardRun {
   bool wants(int d, int i) const { return result(d, i).defined(); }
   bool any_param(int i) const { return wants(0, i) || (layer_.directions == 2 && wants(1, i)); }
 
-  Sum sum(at::IntArrayRef shape) const { return Sum(shape, exact_, parts_[0].size() > 1); }
+  Sum sum(at::IntArrayRef shape) const { return Sum(shape, exact_, parts_.of[0].size() > 1); }
   Sum sum_like(int d, int i) const { return wants(d, i) ? sum(result(d, i).sizes()) : Sum(); }
 
   // The hidden side is the first blocks of dgates, the input side the last (gradient_blocks).
@@ -205,15 +200,11 @@ class BackwardRun {
     if constexpr (!std::is_same_v<E, double>) {
       if (how_.strategy != Strategy::kPerStep) {
         SideBySide<PartBackward<E>> sides{};
-        int64_t steps = 0;
-        for (const Walker& w : walkers) {
-          sides.part[sides.count++] = whole(w, w.parts[k]);
-          steps = std::max(steps, w.parts[k].count());
-        }
+        for (const Walker& w : walkers) sides.part[sides.count++] = whole(w, w.parts[k]);
         if (how_.strategy == Strategy::kOneCta) {
           OneCtaKernels<E>::backward(layer_.cell, sides, stream_);
         } else {
-          in_launches(how_, layer_.batch, exchanged_, steps, [&](const Exchange& exchange) {
+          in_launches(how_, exchanged_, sides, [&](const Exchange& exchange) {
             PersistentBackward<E>::run(layer_.cell, sides, exchange, stream_);
           });
         }
@@ -345,7 +336,7 @@ class BackwardRun {
   const at::Tensor x_, h0_, c0_, y_, dy_, gates_, cells_;
   const int64_t width_;  // of a row of dgates
   const at::TensorOptions exact_;
-  std::vector<Steps> parts_[2];  // a direction's
+  const Parts parts_;
   // By side, as Walker has them.
   at::Tensor dgates_, previous_, direct_, dc_, exchanged_;
   // Of a part: valid x, dh and h_tilde before a projection.

@@ -86,6 +86,13 @@ struct Steps {
   int64_t count() const { return end - begin; }
 };
 
+// What two directions walk at a time: as many parts for either, as long ones where steps have
+// equally many rows.
+struct Parts {
+  std::vector<Steps> of[2];     // a direction's
+  int64_t rows = 0, steps = 0;  // the most that any has
+};
+
 // The order of steps, and which rows each of them has. Steps that no row has are left out.
 class Walk {
  public:
@@ -104,14 +111,13 @@ class Walk {
   // The first that a direction walks.
   Step first_step(bool reverse) const { return step(reverse ? steps_ - 1 : 0, reverse); }
 
-  // Parts of so many rows at most (or of one step), in the order in which they are walked:
-  // backwards for one of the reverse direction and back-propagation, forwards for both. Either way
-  // as many, and as long ones where steps have equally many rows.
-  std::vector<Steps> parts(int64_t most_rows, bool backwards) const;
-  int64_t most_rows(const std::vector<Steps>& parts) const;
+  // Parts of so many rows at most (or of one step), in the order in which each of the directions
+  // walks, or back-propagation through it.
+  Parts parts(int64_t most_rows, int directions, bool back) const;
 
  private:
   Order order(bool reverse) const;
+  std::vector<Steps> cut(int64_t most_rows, bool backwards) const;
 
   int64_t steps_;
   int64_t batch_;
@@ -123,12 +129,6 @@ class Walk {
 // The most steps of a part of time: a kernel for many steps gets their rows as parameters.
 inline int64_t most_steps(Strategy strategy) {
   return strategy == Strategy::kPerStep ? std::numeric_limits<int64_t>::max() / 2 : kMostSteps;
-}
-
-inline int64_t longest(const std::vector<Steps>& parts) {
-  int64_t steps = 0;
-  for (const Steps part : parts) steps = std::max(steps, part.count());
-  return steps;
 }
 
 // How the recurrence of a call runs.
@@ -167,17 +167,19 @@ at::Tensor kept_weight(Strategy strategy, const at::Tensor& w);
 at::Tensor exchange_memory(const Layer& layer, const at::Tensor& x, int64_t sides, int64_t steps,
                            int64_t blocks);
 
-// Calls run(exchange) for as many rows of the batch at a time as the device takes, to walk `steps`
-// steps.
-template <class F>
-void in_launches(const Recurrence& how, int64_t batch, const at::Tensor& memory, int64_t steps,
+// Calls run(exchange) for as many rows of the batch at a time as the device takes.
+template <class Part, class F>
+void in_launches(const Recurrence& how, const at::Tensor& memory, const SideBySide<Part>& sides,
                  const F& run) {
-  memory.narrow(1, 0, steps).fill_(static_cast<int32_t>(kUnwritten));
+  const int64_t batch = sides.part[0].part.order.batch;
+  int64_t steps = 0;
   Exchange exchange{};
   exchange.form = how.form;
-  for (int i = 0; i < how.sides; ++i) {
+  for (int i = 0; i < sides.count; ++i) {
+    steps = std::max(steps, sides.part[i].part.end - sides.part[i].part.begin);
     exchange.words[i] = values_of<uint32_t>(memory, i * memory.stride(0));
   }
+  memory.narrow(1, 0, steps).fill_(static_cast<int32_t>(kUnwritten));
   for (int64_t row = 0; row < batch; row += how.rows) {
     exchange.first_row = row;
     exchange.rows = static_cast<int>(std::min<int64_t>(how.rows, batch - row));

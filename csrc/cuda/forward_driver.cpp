@@ -24,19 +24,14 @@ class ForwardRun {
         h0_(dense(in.h0)),
         c0_(dense(in.c0)),
         gates_width_(gate_blocks(layer.cell) * layer.sizes.hidden),
-        exact_(in.x.options().dtype(layer.accumulate)) {
-    const int64_t most = rows_of_part(gates_width_ * static_cast<int64_t>(sizeof(S)));
-    int64_t rows = 0, steps = 0;
-    for (int d = 0; d < layer.directions; ++d) {
-      parts_[d] = walk_.parts(most, d == 1);
-      rows = std::max(rows, walk_.most_rows(parts_[d]));
-      steps = std::max(steps, longest(parts_[d]));
-    }
-    input_gates_ = at::empty({how_.sides, rows, gates_width_}, exact_);
+        exact_(in.x.options().dtype(layer.accumulate)),
+        parts_(walk_.parts(rows_of_part(gates_width_ * static_cast<int64_t>(sizeof(S))),
+                           layer.directions, /*back=*/false)) {
+    input_gates_ = at::empty({how_.sides, parts_.rows, gates_width_}, exact_);
     if (how_.strategy == Strategy::kPerStep) {
       hidden_gates_ = at::empty({layer.batch, gates_width_}, exact_);
     } else if (how_.strategy == Strategy::kPersistent) {
-      exchanged_ = exchange_memory(layer, x_, how_.sides, steps, 1);
+      exchanged_ = exchange_memory(layer, x_, how_.sides, parts_.steps, 1);
     }
     if (sizes_.projected) {
       h_tilde_ = at::empty({layer.batch, sizes_.hidden}, in.x.options());
@@ -70,9 +65,10 @@ class ForwardRun {
     for (int i = 0; i < how_.sides; ++i) {
       const int d = first + i;
       const at::Tensor h = layer_.of_direction(out_.h_n, d);
-      walkers.push_back({d, parameters(d), h, start(d, h), input_gates_.select(0, i), parts_[d]});
+      walkers.push_back(
+          {d, parameters(d), h, start(d, h), input_gates_.select(0, i), parts_.of[d]});
     }
-    for (size_t k = 0; k < parts_[first].size(); ++k) {
+    for (size_t k = 0; k < parts_.of[first].size(); ++k) {
       for (const Walker& w : walkers) {
         const int64_t rows = walk_.rows(w.parts[k]);
         multiply(w.input_gates.narrow(0, 0, rows), x_.narrow(0, walk_.row(w.parts[k].begin), rows),
@@ -133,15 +129,11 @@ class ForwardRun {
     if constexpr (!std::is_same_v<E, double>) {
       if (how_.strategy != Strategy::kPerStep) {
         SideBySide<PartForward<E>> sides{};
-        int64_t steps = 0;
-        for (const Walker& w : walkers) {
-          sides.part[sides.count++] = whole(w, w.parts[k]);
-          steps = std::max(steps, w.parts[k].count());
-        }
+        for (const Walker& w : walkers) sides.part[sides.count++] = whole(w, w.parts[k]);
         if (how_.strategy == Strategy::kOneCta) {
           OneCtaKernels<E>::forward(layer_.cell, sides, stream_);
         } else {
-          in_launches(how_, layer_.batch, exchanged_, steps, [&](const Exchange& exchange) {
+          in_launches(how_, exchanged_, sides, [&](const Exchange& exchange) {
             PersistentForward<E>::run(layer_.cell, sides, exchange, stream_);
           });
         }
@@ -226,7 +218,7 @@ class ForwardRun {
   const at::Tensor x_, h0_, c0_;
   const int64_t gates_width_;
   const at::TensorOptions exact_;
-  std::vector<Steps> parts_[2];  // a direction's
+  const Parts parts_;
   at::Tensor input_gates_, hidden_gates_, h_tilde_, projected_, exchanged_;
 };
 

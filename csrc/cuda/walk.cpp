@@ -50,7 +50,7 @@ PartOfWalk Walk::part(Steps steps, bool reverse) const {
   return part;
 }
 
-std::vector<Steps> Walk::parts(int64_t most_rows, bool backwards) const {
+std::vector<Steps> Walk::cut(int64_t most_rows, bool backwards) const {
   std::vector<Steps> parts;
   for (Steps left = {0, steps_}; left.count() > 0;) {
     const auto first = [&](int64_t steps) {
@@ -66,10 +66,16 @@ std::vector<Steps> Walk::parts(int64_t most_rows, bool backwards) const {
   return parts;
 }
 
-int64_t Walk::most_rows(const std::vector<Steps>& parts) const {
-  int64_t most = 0;
-  for (const Steps part : parts) most = std::max(most, rows(part));
-  return most;
+Parts Walk::parts(int64_t most_rows, int directions, bool back) const {
+  Parts found;
+  for (int d = 0; d < directions; ++d) {
+    found.of[d] = cut(most_rows, (d == 1) != back);
+    for (const Steps part : found.of[d]) {
+      found.rows = std::max(found.rows, rows(part));
+      found.steps = std::max(found.steps, part.count());
+    }
+  }
+  return found;
 }
 
 namespace {

@@ -1,7 +1,7 @@
 // The kernels without torch, in float and double: every cell, direction, ragged rows, resets,
 // projection and split of a team, forward against plain loops in double and backward against finite
-// differences. Built with sanitizers or for another architecture by tests/test_kernels.py; each
-// array has exactly the size that recurrence.h promises, so that a read past its end is seen.
+// differences. Built by tests/test_kernels.py, with sanitizers by `make sanitize`; each array has
+// exactly the size that recurrence.h promises, so that a read past its end is seen.
 //
 // Exit status 0: all agree. The argument names the instruction set.
 #include <algorithm>
