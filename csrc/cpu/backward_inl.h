@@ -3,52 +3,18 @@
 #pragma once
 
 #include "cell_math.h"
-#include "cpu/pack_inl.h"
-#include "cpu/walk.h"
+#include "cpu/state_gradients_inl.h"
 
 FUSEDRNN_ISA_BEGIN
 
 template <Cell kCell, class S, class E>
-class BackwardChunk {
+class BackwardChunk : public StateGradients<S, E> {
+  using Base = StateGradients<S, E>;
+
  public:
   BackwardChunk(const BackwardArgs<S, E>& args, const BackwardDirection<S, E>& direction,
                 const Slot& slot)
-      : sizes_(args.sizes),
-        schedule_(args.schedule),
-        d_(direction),
-        slot_(slot),
-        zeros_(args.zeros),
-        hidden_(sizes_.hidden_padded()),
-        output_(sizes_.output_padded()),
-        own_output_panels_(share(panel_count<S>(output_, kStepVectors), slot.part, slot.parts)),
-        own_hidden_panels_(share(panel_count<S>(hidden_, kStepVectors), slot.part, slot.parts)),
-        own_rows_(own_rows(schedule_, d_.chunk, slot)),
-        first_row_(schedule_.row0[d_.chunk.begin]) {}
-
-  // W_hh by output column, W_hr by hidden unit: this thread's panels, or its group's share of them.
-  void pack() const {
-    const auto& w = d_.weights;
-    const int64_t k = words_of<F>(kRecurrentBlocks * hidden_);
-    if (d_.packed.recurrent != nullptr) {
-      pack_by_column<kStepVectors, F>(
-          d_.packed.recurrent, sizes_.output, k, share(k, slot_.group, slot_.groups),
-          own_output_panels_, [&](int64_t i) -> const E* {
-            const int64_t unit = i % hidden_;
-            const int gate = kBlocks.hidden_gate[i / hidden_];
-            return unit < sizes_.hidden
-                       ? weight_row<F, E>(w.w_hh, gate * sizes_.hidden + unit, sizes_.output)
-                       : nullptr;
-          });
-    }
-    if (sizes_.projected) {
-      const int64_t outputs = words_of<F>(sizes_.output);
-      pack_by_column<kStepVectors, F>(
-          d_.packed.projection, sizes_.hidden, outputs, share(outputs, slot_.group, slot_.groups),
-          own_hidden_panels_, [&](int64_t i) -> const E* {
-            return i < sizes_.output ? weight_row<F, E>(w.w_hr, i, sizes_.hidden) : nullptr;
-          });
-    }
-  }
+      : Base(kCell, args, direction, slot) {}
 
   void walk() const {
     const Chunk& chunk = d_.chunk;
@@ -62,22 +28,14 @@ class BackwardChunk {
   }
 
  private:
-  using F = FormatOf<E>;
-  static constexpr GradientBlocks kBlocks = gradient_blocks(kCell);
-  static constexpr int kRecurrentBlocks = kBlocks.gates;
-  static constexpr int kWidth = kStepVectors * kLanes<S>;
-  // Off the hot path low tiles are enough: less code, faster to compile.
-  static constexpr int kSideRows = std::min(3, F::kMostRows);
-
-  E* dgates(int64_t packed_row) const {
-    return d_.dgates + (packed_row - first_row_) * d_.dgates_stride;
-  }
-
-  // dgates of step u, which was walked just before, in this chunk or at the end of the last one.
-  const E* dgates_of(int64_t u, int64_t b) const {
-    if (u >= d_.chunk.begin && u < d_.chunk.end) return dgates(schedule_.row0[u] + b);
-    return d_.dgates_next + b * d_.dgates_stride;
-  }
+  using Base::dgates, Base::each, Base::finish, Base::outer_gradient, Base::output_gradients,
+      Base::zeros;
+  using Base::kSideRows, Base::kWidth;
+  using Base::sizes_, Base::schedule_, Base::d_, Base::slot_, Base::zeros_, Base::hidden_,
+      Base::output_, Base::own_output_panels_, Base::own_hidden_panels_, Base::own_rows_,
+      Base::first_row_;
+  using typename Base::F;
+  static constexpr int kSavedBlocks = gradient_blocks(kCell).count;
 
   void step(int64_t t) const {
     const int64_t u = d_.reverse ? t - 1 : t + 1;
@@ -85,7 +43,7 @@ class BackwardChunk {
     const Range mine = {own_rows_.begin, std::min(own_rows_.end, rows)};
     const Range going_on = {mine.begin, std::min(mine.end, rows_before)};
     const Range starting = {std::max(mine.begin, rows_before), mine.end};
-    if (sizes_.projected) {
+    if (kCell == Cell::kLstm && sizes_.projected) {
       // dh passes through W_hr before it meets the cell.
       output_gradients(t, u, going_on, false);
       output_gradients(t, u, starting, true);
@@ -99,41 +57,6 @@ class BackwardChunk {
     slot_.wait_parts();
   }
 
-  // Tiles of the dgates of step u times W_hh: zero where the state that entered u had been reset,
-  // and for `starting` rows, whose last step it was: nothing comes from later steps.
-  template <int MostRows, class Epilogue>
-  FUSEDRNN_HD void dh_product(int64_t u, Range rows, bool starting, Epilogue epilogue) const {
-    const int64_t k = words_of<F>(kRecurrentBlocks * hidden_);
-    const auto row_at = [&](int64_t b) {
-      const bool none = starting || is_reset(d_.reset, schedule_, u, b);
-      return as_words<E>(none ? zeros() : dgates_of(u, b));
-    };
-    product<F, kStepVectors, MostRows>(rows, own_output_panels_, row_at, 1, d_.packed.recurrent,
-                                       k * kWidth, starting ? 0 : k, epilogue, u % 2 != 0);
-  }
-
-  FUSEDRNN_HD Vec<S> outer_gradient(int64_t t, int64_t b, int64_t unit, bool starting) const {
-    Vec<S> dh{};
-    if (d_.dy != nullptr) {
-      const int64_t row = io_row(schedule_, schedule_.row0[t] + b);
-      dh = read(d_.dy + row * d_.dy_stride + unit, sizes_.output - unit);
-    }
-    if (starting && d_.dh_n != nullptr) dh += load(d_.dh_n + b * output_ + unit);
-    return dh;
-  }
-
-  // f(b, unit, sum) for every vector of the tile that lies within `limit` units.
-  template <int R, int NV, class Visit>
-  static FUSEDRNN_HD void each(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel, int64_t limit,
-                               Visit f) {
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < NV; ++v) {
-        const int64_t unit = panel * kWidth + v * kLanes<S>;
-        if (unit < limit) f(b0 + r, unit, tile.sum[r][v]);
-      }
-    }
-  }
-
   __attribute__((noinline)) void cell_gradients(int64_t t, int64_t u, Range rows,
                                                 bool starting) const {
     const int64_t next = d_.reverse ? t + 1 : t - 1;
@@ -144,7 +67,7 @@ class BackwardChunk {
     const auto fetch_next_step = [&](int64_t b, int64_t at) __attribute__((always_inline)) {
       if (b < rows_next) fetch(next, b, at);
     };
-    dh_product<kTileRows<F, kStepVectors>>(
+    this->template dh_product<kTileRows<F, kStepVectors>>(
         u, rows, starting,
         [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
             __attribute__((always_inline)) {
@@ -241,7 +164,7 @@ class BackwardChunk {
     const Row row = row_of(t, b);
     for (int v = 0; v < kStepVectors; ++v) {
       const int64_t unit = panel * kWidth + v * kLanes<S>;
-      for (int block = 0; block < kBlocks.count; ++block) {
+      for (int block = 0; block < kSavedBlocks; ++block) {
         fetch_to_write(row.dgates + block * hidden_ + unit);
         if (row.gates != nullptr) fetch_to_read(row.gates + block * hidden_ + unit);
       }
@@ -258,21 +181,6 @@ class BackwardChunk {
     }
   }
 
-  // With a projection: dh of step t into d_.dh.
-  __attribute__((noinline)) void output_gradients(int64_t t, int64_t u, Range rows,
-                                                  bool starting) const {
-    const int64_t row0 = schedule_.row0[t] - first_row_;
-    dh_product<kSideRows>(
-        u, rows, starting,
-        [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
-          each(tile, b0, panel, output_,
-               [&](int64_t b, int64_t unit, Vec<S> sum) __attribute__((always_inline)) {
-                 write(d_.dh + (row0 + b) * output_ + unit,
-                       sum + outer_gradient(t, b, unit, starting));
-               });
-        });
-  }
-
   __attribute__((noinline)) void cell_gradients_of_projection(int64_t t, int64_t u,
                                                               Range rows) const {
     const int64_t row0 = schedule_.row0[t] - first_row_;
@@ -286,64 +194,6 @@ class BackwardChunk {
                    __attribute__((always_inline)) { cell_gradient(t, u, b, unit, sum); });
         });
   }
-
-  // The gradients of the initial states of rows whose first step, in forward order, was u.
-  void finish(int64_t u, Range rows) const {
-    if (rows.size() <= 0) return;
-    if (d_.dh0 != nullptr) finish_h(u, rows);
-    if (d_.dc0 != nullptr) finish_c(u, rows);
-  }
-
-  __attribute__((noinline)) void finish_h(int64_t u, Range rows) const {
-    const auto is_cut = [&](int64_t b) { return is_reset(d_.reset, schedule_, u, b); };
-    const auto put = [&](int64_t b, int64_t unit, Vec<S> dh) __attribute__((always_inline)) {
-      if (kCell == Cell::kGru && !is_cut(b)) {
-        dh += load(d_.carry + state_row(schedule_, b) * hidden_ + unit);
-      }
-      store(d_.dh0 + caller_row(schedule_, b) * sizes_.output + unit, dh, sizes_.output - unit);
-    };
-    if (d_.packed.recurrent == nullptr) {
-      const BlockRows<E> weight = {weight_row<F, E>(d_.weights.w_hh, 0, sizes_.output),
-                                   kBlocks.hidden_gate,
-                                   kRecurrentBlocks,
-                                   sizes_.hidden,
-                                   hidden_,
-                                   sizes_.output};
-      const int64_t panels = panel_count<S>(sizes_.output, kChunkVectors);
-      product_by_column<S>(
-          rows, share(panels, slot_.part, slot_.parts),
-          [&](int64_t b) { return is_cut(b) ? zeros() : dgates_of(u, b); }, weight, put);
-      return;
-    }
-    dh_product<kTileRows<F, kStepVectors>>(  // of a single step, a fifth of the work
-        u, rows, false,
-        [&](const auto& tile, int64_t b0, int64_t panel)
-            __attribute__((always_inline)) { each(tile, b0, panel, sizes_.output, put); });
-  }
-
-  void finish_c(int64_t u, Range rows) const {
-    const int64_t begin = own_hidden_panels_.begin * kWidth;
-    const int64_t end = std::min(own_hidden_panels_.end * kWidth, sizes_.hidden);
-    for (int64_t b = rows.begin; b < rows.end; ++b) {
-      S* to = d_.dc0 + caller_row(schedule_, b) * sizes_.hidden;
-      const bool cut = is_reset(d_.reset, schedule_, u, b);
-      const S* carry = d_.carry + state_row(schedule_, b) * hidden_;
-      for (int64_t i = begin; i < end; ++i) to[i] = cut ? S(0) : carry[i];
-    }
-  }
-
-  const Sizes& sizes_;
-  const Schedule& schedule_;
-  // The same zeros as values of type E.
-  const E* zeros() const { return reinterpret_cast<const E*>(zeros_); }
-
-  const BackwardDirection<S, E>& d_;
-  const Slot& slot_;
-  const S* const zeros_;
-  const int64_t hidden_, output_;  // padded
-  const Range own_output_panels_, own_hidden_panels_;
-  const Range own_rows_;
-  const int64_t first_row_;  // packed, of the chunk
 };
 
 FUSEDRNN_ISA_END

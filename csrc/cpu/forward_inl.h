@@ -1,123 +1,22 @@
 // One chunk of a layer, forward: the projection of the inputs, then the time loop.
 #pragma once
 
-#include "cpu/across_inl.h"
 #include "cpu/cell_forward_inl.h"
-#include "cpu/walk.h"
+#include "cpu/projection_inl.h"
 
 FUSEDRNN_ISA_BEGIN
 
 template <Cell kCell, class S, class F>
-class ForwardChunk {
+class ForwardChunk : public ChunkProjection<gate_blocks(kCell), S, F> {
+  static constexpr int kGates = gate_blocks(kCell);
+  using Base = ChunkProjection<kGates, S, F>;
+
  public:
-  using Word = typename F::Word;
+  using typename Base::Word;
 
   ForwardChunk(const ForwardArgs<S, Word>& args, const ForwardDirection<S, Word>& direction,
                const Slot& slot)
-      : sizes_(args.sizes),
-        schedule_(args.schedule),
-        d_(direction),
-        slot_(slot),
-        save_(args.save),
-        gates_(d_.gates + (slot.group * slot.parts + slot.part) * d_.gates_apart),
-        zeros_(args.zeros),
-        words_(args.words + slot.thread * args.words_stride),
-        across_(args.across == nullptr ? nullptr : args.across + slot.thread * args.across_stride),
-        factors_(args.factors + slot.thread * args.factors_stride),
-        group_rows_(slot.groups == 1 ? nullptr
-                                     : args.group_rows + slot.thread * args.group_rows_stride),
-        hidden_(sizes_.hidden_padded()),
-        output_(sizes_.output_padded()),
-        panels_(panel_count<S>(hidden_, Panel::blocks)),
-        output_panels_(panel_count<S>(output_, OutputPanel::blocks)),
-        own_panels_(share(panels_, slot.part, slot.parts)),
-        own_output_panels_(sizes_.projected ? share(output_panels_, slot.part, slot.parts)
-                                            : own_panels_),
-        packs_on_the_way_(d_.packed.input != nullptr && d_.chunk.first && d_.chunk.last &&
-                          slot.groups == 1),
-        // The GRU's n scales the half that comes from h: it stays apart.
-        joins_input_(kExact && kCell != Cell::kGru && across_ != nullptr && schedule_.steps == 1),
-        own_rows_(own_rows(schedule_, d_.chunk, slot)),
-        first_row_(schedule_.row0[d_.chunk.begin]) {}
-
-  // Each thread packs the panels that it will read, or its group's share of them.
-  void pack() const {
-    const auto mine = [&](Range panels) {
-      const Range r = share(panels.size(), slot_.group, slot_.groups);
-      return Range{panels.begin + r.begin, panels.begin + r.end};
-    };
-    const auto& w = d_.weights;
-    pack_bias<kCell>(d_.packed, w, sizes_, mine(own_panels_));
-    if (d_.packed.input == nullptr) return;
-    if (!packs_on_the_way_) pack_input(d_.packed.input, mine(own_panels_));
-    pack_by_unit<kGates>(d_.packed.recurrent, w.w_hh, sizes_.hidden, words_of<F>(sizes_.output),
-                         mine(own_panels_));
-    if (sizes_.projected) {
-      pack_by_unit<1>(d_.packed.projection, w.w_hr, sizes_.output, words_of<F>(sizes_.hidden),
-                      mine(own_output_panels_));
-    }
-  }
-
-  // A group projects the rows that it walks: no other core reads their gates.
-  void project() const {
-    if (joins_input_) return;
-    const int64_t rows = group_rows_ == nullptr
-                             ? schedule_.row0[d_.chunk.end] - first_row_
-                             : find_chunk_rows(schedule_, d_.chunk, own_rows_, group_rows_);
-    const Range mine = {0, rows};
-    const auto chunk_row = [&](int64_t row) __attribute__((always_inline)) {
-      return group_rows_ == nullptr ? row : group_rows_[row];
-    };
-    const auto x_offset = [&](int64_t row) {
-      return io_row(schedule_, first_row_ + chunk_row(row)) * sizes_.input;
-    };
-    const auto row_at = [&](int64_t row) { return d_.x + x_offset(row); };
-    const auto fetch = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
-      S* gates = gates_ + chunk_row(row) * d_.gates_stride + panel * Panel::blocks * kLanes<S>;
-      for (int g = 0; g < kGates; ++g) fetch_to_write(gates + g * hidden_);
-      // The first panel is the first to read x: the beginning of its rows, which are a stream each.
-      if (kExact && panel == own_panels_.begin) fetch_row(row_at(row), sizes_.input);
-    };
-    const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
-                                             int64_t panel) __attribute__((always_inline)) {
-      for (int r = 0; R > 2 && r < R; ++r) {
-        with_next_tile(mine, own_panels_, row + R + r, panel, fetch);
-      }
-      S* gates[R];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) gates[r] = gates_ + chunk_row(row + r) * d_.gates_stride;
-      each(tile, panel, hidden_, [&](int r, int v, int64_t unit) __attribute__((always_inline)) {
-        const int64_t at = (v % kGates) * hidden_ + unit;
-        store(gates[r] + at, tile.sum[r][v] + load(d_.packed.bias + at));
-      });
-    };
-    const auto multiply = [&](auto left) __attribute__((always_inline)) {
-      const int64_t at_once = packs_on_the_way_ ? 1 : own_panels_.size();
-      for (int64_t i = own_panels_.begin; i < own_panels_.end; i += at_once) {
-        const Range panels = {i, i + at_once};
-        Word* packed = d_.packed.input;
-        if (packs_on_the_way_) {
-          packed += (own_panels_.end - 1 - i) * panel_words(sizes_.input);
-          pack_input(packed, panels);
-        }
-        multiply_units<kGates>(mine, panels, left, packed, d_.weights.w_ih, d_.packed.input_scale,
-                               sizes_.hidden, sizes_.input, epilogue);
-      }
-    };
-    if constexpr (std::is_same_v<F, Bf16>) {
-      if (d_.x_half != nullptr) {
-        for (int64_t row = mine.begin; row < mine.end; ++row) {
-          F::copy_row(words_at(row - mine.begin, sizes_.input), d_.x_half + x_offset(row),
-                      sizes_.input);
-        }
-      } else {
-        write_rows(mine, sizes_.input, row_at);
-      }
-      multiply([&](int64_t row) { return words_at(row - mine.begin, sizes_.input); });
-    } else {
-      multiply(left_rows(mine, sizes_.input, row_at));
-    }
-  }
+      : Base(kCell, args, direction, slot), save_(args.save) {}
 
   void walk() {
     turn_ = d_.turn;
@@ -129,78 +28,13 @@ class ForwardChunk {
   }
 
  private:
-  static constexpr int kGates = gate_blocks(kCell);
-  static constexpr bool kExact = std::is_same_v<F, Exact<S>>;
+  using Base::kExact;
+  using Base::left_rows;
+  using Base::sizes_, Base::schedule_, Base::d_, Base::slot_, Base::gates_, Base::zeros_,
+      Base::across_, Base::hidden_, Base::output_, Base::own_panels_, Base::own_output_panels_,
+      Base::joins_input_, Base::own_rows_, Base::first_row_;
+  using typename Base::OutputPanel, typename Base::Panel;
   using Saved = std::conditional_t<kExact, S, uint16_t>;
-  using Panel = UnitPanel<kGates>;
-  using OutputPanel = UnitPanel<1>;
-
-  static int64_t panel_words(int64_t k) { return words_of<F>(k) * Panel::vectors * kLanes<S>; }
-
-  void pack_input(Word* packed, Range panels) const {
-    pack_by_unit<kGates>(packed, d_.weights.w_ih, sizes_.hidden, words_of<F>(sizes_.input), panels);
-  }
-
-  // The index-th of this thread's rows of k values in words.
-  Word* words_at(int64_t index, int64_t k) const { return words_ + index * words_of<F>(padded(k)); }
-
-  template <class RowAt>
-  FUSEDRNN_HD void write_rows(Range rows, int64_t k, RowAt row_at) const {
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const int64_t index = row - rows.begin;
-      factors_[index] = F::write_row(words_at(index, k), row_at(row), k);
-    }
-  }
-
-  // The rows as a product reads them: as they are, or written in words before.
-  template <class RowAt>
-  FUSEDRNN_HD auto left_rows(Range rows, int64_t k, RowAt row_at) const {
-    if constexpr (kExact) {
-      return row_at;
-    } else {
-      write_rows(rows, k, row_at);
-      return [this, rows, k](int64_t row) { return words_at(row - rows.begin, k); };
-    }
-  }
-
-  // Products with panels of units, packed, or from the weights as they lie. k counts values.
-  template <int Gates, class Left, class Epilogue>
-  FUSEDRNN_HD void multiply_units(Range rows, Range panels, Left left, const Word* packed,
-                                  const Word* weights, const ColumnScale& scale, int64_t units,
-                                  int64_t k, Epilogue epilogue, bool from_end = false) const {
-    constexpr int vectors = UnitPanel<Gates>::vectors;
-    const int64_t words = words_of<F>(k);
-    const auto values = [&]<int R, int NV>(const Tile<typename F::Sum, R, NV>& tile, int64_t row,
-                                           int64_t panel) __attribute__((always_inline)) {
-      if constexpr (std::is_same_v<typename F::Sum, S>) {
-        epilogue(tile, row, panel);
-      } else {
-        epilogue(scaled<Gates, S>(tile, scale, factors_ + (row - rows.begin), panel, units), row,
-                 panel);
-      }
-    };
-    if constexpr (!std::is_same_v<F, Int8>) {  // 8-bit weights are frozen ones, and packed
-      if (packed == nullptr) {
-        return product_unpacked<Gates, F>(rows, panels, units, across_, values,
-                                          Term<Word, Left>{left, weights, words});
-      }
-    }
-    product<F, vectors>(rows, panels, left, 1, packed, words * vectors * kLanes<S>, words, values,
-                        from_end);
-  }
-
-  // f(r, v, unit) for every vector of the tile that lies within `limit` units.
-  template <int R, int NV, class Visit>
-  static FUSEDRNN_HD void each(const Tile<S, R, NV>&, int64_t panel, int64_t limit, Visit f) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) {
-        const int64_t unit = (panel * Panel::blocks + v / kGates) * kLanes<S>;
-        if (unit < limit) f(r, v, unit);
-      }
-    }
-  }
 
   void step(int64_t t) {
     const int64_t rows = schedule_.rows[t], row0 = schedule_.row0[t];
@@ -311,43 +145,49 @@ class ForwardChunk {
         }
       });
     };
-    if (joins_input_) {
-      if constexpr (kExact) {
+    if constexpr (kExact && kCell != Cell::kGru) {
+      if (joins_input_) {
         const auto x = [&](int64_t b) { return d_.x + io_row(schedule_, row0 + b) * sizes_.input; };
         product_unpacked<kGates, F>(
             mine, own_panels_, sizes_.hidden, across_, apply,
             Term<S, decltype(x)>{x, d_.weights.w_ih, sizes_.input},
             Term<S, decltype(h_prev)>{h_prev, d_.weights.w_hh, sizes_.output});
       }
-    } else {
-      multiply_units<kGates>(mine, own_panels_, left_rows(mine, sizes_.output, h_prev),
-                             d_.packed.recurrent, d_.weights.w_hh, d_.packed.recurrent_scale,
-                             sizes_.hidden, sizes_.output, apply, turn_ != 0);
+    }
+    if (!joins_input_) {
+      this->template multiply_units<kGates>(
+          mine, own_panels_, left_rows(mine, sizes_.output, h_prev), d_.packed.recurrent,
+          d_.weights.w_hh, d_.packed.recurrent_scale, sizes_.hidden, sizes_.output, apply,
+          turn_ != 0);
     }
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {
         slot_.wait_parts();
-        const auto h_tilde = [&](int64_t b) {
-          return d_.h_tilde + state_row(schedule_, b) * hidden_;
-        };
-        const auto put = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0,
-                                            int64_t panel) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) {
-              const int64_t unit = (panel * OutputPanel::blocks + v) * kLanes<S>;
-              if (unit < output_) put_output(b0 + r, unit, tile.sum[r][v]);
-            }
-          }
-        };
-        multiply_units<1>(mine, own_output_panels_, left_rows(mine, sizes_.hidden, h_tilde),
-                          d_.packed.projection, d_.weights.w_hr, d_.packed.projection_scale,
-                          sizes_.output, sizes_.hidden, put);
+        project_output(mine, put_output);
       }
     }
     keep_final(t, mine, h_write);
     slot_.wait_parts();
+  }
+
+  // h = W_hr h_tilde
+  template <class Put>
+  __attribute__((noinline)) void project_output(Range rows, Put put_output) const {
+    const auto h_tilde = [&](int64_t b) { return d_.h_tilde + state_row(schedule_, b) * hidden_; };
+    const auto put = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
+                         __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                           for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+                             for (int v = 0; v < NV; ++v) {
+                               const int64_t unit = (panel * OutputPanel::blocks + v) * kLanes<S>;
+                               if (unit < output_) put_output(b0 + r, unit, tile.sum[r][v]);
+                             }
+                           }
+                         };
+    this->template multiply_units<1>(
+        rows, own_output_panels_, left_rows(rows, sizes_.hidden, h_tilde), d_.packed.projection,
+        d_.weights.w_hr, d_.packed.projection_scale, sizes_.output, sizes_.hidden, put);
   }
 
   // This thread's units of h, of `limit` units in all.
@@ -380,27 +220,7 @@ class ForwardChunk {
     }
   }
 
-  const Sizes& sizes_;
-  const Schedule& schedule_;
-  const ForwardDirection<S, Word>& d_;
-  const Slot& slot_;
   const bool save_;
-  S* const gates_;
-  const S* const zeros_;
-  Word* const words_;
-  Word* const across_;
-  S* const factors_;
-  int64_t* const group_rows_;
-  const int64_t hidden_, output_;  // padded
-  const int64_t panels_, output_panels_;
-  const Range own_panels_, own_output_panels_;
-  // Panels of W_ih that this thread reads just once share the last one's place: they never leave
-  // its own cache.
-  const bool packs_on_the_way_;
-  // A single step of many rows: one sum of both products, no projection before.
-  const bool joins_input_;
-  const Range own_rows_;
-  const int64_t first_row_;  // packed, of the chunk
   int turn_ = 0;
 };
 

@@ -56,12 +56,11 @@ void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range p
   }
 }
 
-// (Gates, padded units): b_ih + b_hh, but for the GRU's n.
-template <Cell kCell, class S, class W>
+// (Gates, padded units): b_ih + b_hh; n_apart: of the third gate, the GRU's n, b_ih alone.
+template <int Gates, class S, class W>
 void pack_bias(const PackedWeights<S, W>& packed, const Weights<S, W>& w, const Sizes& sizes,
-               Range panels) {
-  constexpr int gates = gate_blocks(kCell);
-  constexpr int64_t width = UnitPanel<gates>::blocks * kLanes<S>;
+               bool n_apart, Range panels) {
+  constexpr int64_t width = UnitPanel<Gates>::blocks * kLanes<S>;
   const auto at = [](const S* bias, const uint16_t* half, int64_t i, int64_t n) {
     if constexpr (std::is_same_v<S, float>) {
       if (half != nullptr) return read(half + i, n);
@@ -70,11 +69,10 @@ void pack_bias(const PackedWeights<S, W>& packed, const Weights<S, W>& w, const 
   };
   const int64_t hidden = sizes.hidden_padded(), end = std::min(panels.end * width, hidden);
   for (int64_t unit = panels.begin * width; unit < end; unit += kLanes<S>) {
-    for (int g = 0; g < gates; ++g) {
+    for (int g = 0; g < Gates; ++g) {
       const int64_t i = g * sizes.hidden + unit, n = sizes.hidden - unit;
       const Vec<S> ih = at(w.b_ih, w.b_ih_half, i, n), hh = at(w.b_hh, w.b_hh_half, i, n);
-      // The GRU multiplies W_hn h + b_hn by the reset gate: that bias stays apart.
-      const bool apart = kCell == Cell::kGru && g == 2;
+      const bool apart = n_apart && g == 2;
       store(packed.bias + g * hidden + unit, apart ? ih : ih + hh);
       if (apart) store(packed.bias_hn + unit, hh);
     }
