@@ -12,6 +12,8 @@ import emulation
 import fusedrnn
 from fusedrnn import _C
 
+EMULATED = pytest.StashKey[emulation.Library]()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # torch.nn's own remarks; everything else should be seen.
@@ -21,6 +23,25 @@ def pytest_configure(config: pytest.Config) -> None:
         "`torch.jit.script",
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the emulated CUDA half come last: it is compiled beside the others, in a minute."""
+    items.sort(key=is_emulated)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(map(is_emulated, session.items)) and not session.config.option.collectonly:
+        session.config.stash[EMULATED] = emulation.Library()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if EMULATED in config.stash:
+        config.stash[EMULATED].stop()
+
+
+def is_emulated(item: pytest.Item) -> bool:
+    return "ops" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +76,9 @@ def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="session")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def ops(request: pytest.FixtureRequest) -> Any:
     """The CUDA half's operators, emulated on the host."""
-    return emulation.load(tmp_path_factory.mktemp("emulated"))
+    return request.config.stash[EMULATED].load()
 
 
 @pytest.fixture
