@@ -77,6 +77,7 @@ def describe(threads: int, peers: list[str]) -> dict[str, str]:
     versions = {"torch": torch.__version__, "fusedrnn": fusedrnn.__version__}
     versions |= {peer: version(peer) or "?" for peer in peers}
     isas = " ".join(fusedrnn.cpu_isas())
+    release = platform.release().split("-")[0]
     header = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu_model(),
@@ -84,7 +85,7 @@ def describe(threads: int, peers: list[str]) -> dict[str, str]:
         "threads": str(threads),
         "isa": f"fusedrnn {fusedrnn._C.get_cpu_isa()} (of {isas}), "
         f"torch {torch.backends.cpu.get_cpu_capability()}",
-        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "system": f"{platform.system()} {release}, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {v}" for name, v in versions.items()),
         "commit": commit() or "",
     }

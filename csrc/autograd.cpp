@@ -132,12 +132,14 @@ variable_list composed_gradients(Saved s, variable_list cotangents,
 }
 
 // x, h0, c0 and params are arguments of their own, beside `in`, as autograd sees direct ones alone.
+// The c_n of cells without one, which is empty, leaves by a side door: compiled autograd refuses a
+// node with outputs that cannot be differentiated.
 class LayerNode : public torch::autograd::Function<LayerNode> {
  public:
   static variable_list forward(AutogradContext* ctx, const std::string& mode, const at::Tensor& x,
                                const OptionalTensor& h0, const OptionalTensor& c0,
                                at::TensorList params, const LayerInputs& in, bool has_biases,
-                               bool bidirectional) {
+                               bool bidirectional, at::Tensor* no_cell_state) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const bool one_step = x.dim() == 2 && !in.batch_sizes;
     auto [y, h_n, c_n, gates, cells] =
@@ -158,17 +160,24 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
     ctx->saved_data["has_biases"] = has_biases;
     ctx->saved_data["bidirectional"] = bidirectional;
     ctx->set_materialize_grads(false);
-    if (mode != "LSTM") ctx->mark_non_differentiable({c_n});
-    if (one_step) return {h_n, c_n};
-    return {y, h_n, c_n};
+    variable_list outputs;
+    if (!one_step) outputs.push_back(std::move(y));
+    outputs.push_back(std::move(h_n));
+    if (mode == "LSTM") {
+      outputs.push_back(std::move(c_n));
+    } else {
+      *no_cell_state = std::move(c_n);
+    }
+    return outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto defined = [](const at::Tensor& t) { return t.defined(); };
     const Saved saved{ctx->saved_data["mode"].toStringRef(), ctx->saved_data["has_biases"].toBool(),
                       ctx->saved_data["bidirectional"].toBool(), ctx->get_saved_variables()};
-    // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional.
-    variable_list result(saved.params().size() + 7);
+    // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional,
+    // no_cell_state.
+    variable_list result(saved.params().size() + 8);
     if (std::none_of(cotangents.begin(), cotangents.end(), defined)) return result;
     std::vector<bool> wanted;
     size_t edge = 0;  // absent states have none
@@ -177,8 +186,9 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
     };
     for (const int index : {Saved::kX, Saved::kH0, Saved::kC0}) ask(saved.tensors[index]);
     for (const at::Tensor& param : saved.params()) ask(param);
-    const variable_list of_outputs =
-        saved.one_step() ? variable_list{at::Tensor(), cotangents[0], cotangents[1]} : cotangents;
+    variable_list of_outputs(saved.one_step() ? 1 : 0);  // y, h_n, c_n
+    of_outputs.insert(of_outputs.end(), cotangents.begin(), cotangents.end());
+    of_outputs.resize(3);
     variable_list gradients = everyday(cotangents) ? everyday_gradients(saved, of_outputs, wanted)
                                                    : composed_gradients(saved, of_outputs, wanted);
     std::move(gradients.begin(), gradients.end(), result.begin() + 1);
@@ -224,9 +234,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer(
     return {std::move(y), std::move(h_n), std::move(c_n)};
   }
   const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
-  auto outputs =
-      LayerNode::apply(mode, x, h0, c0, at::TensorList(params), in, has_biases, bidirectional);
-  return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2])};
+  at::Tensor c_n;
+  auto outputs = LayerNode::apply(mode, x, h0, c0, at::TensorList(params), in, has_biases,
+                                  bidirectional, &c_n);
+  if (outputs.size() == 3) c_n = std::move(outputs[2]);
+  return {std::move(outputs[0]), std::move(outputs[1]), std::move(c_n)};
 }
 
 std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> plain_layer(
@@ -262,9 +274,11 @@ std::optional<std::tuple<at::Tensor, at::Tensor>> cell_step(
   }
   const OptionalTensor none;
   const LayerInputs in{x, none, none, none, h, c, params};
+  at::Tensor c_n;
   auto outputs = LayerNode::apply(mode, x, h, c, at::TensorList(params), in, has_biases,
-                                  /*bidirectional=*/false);
-  return std::tuple{std::move(outputs[0]), std::move(outputs[1])};
+                                  /*bidirectional=*/false, &c_n);
+  if (outputs.size() == 2) c_n = std::move(outputs[1]);
+  return std::tuple{std::move(outputs[0]), std::move(c_n)};
 }
 
 }  // namespace fusedrnn

@@ -64,6 +64,7 @@ struct Layer {
   const at::Tensor& param(at::TensorList params, int direction, int index) const {
     return params[direction * params_per_direction + index];
   }
+  int w_hr_index() const { return has_biases ? 4 : 2; }  // of a layer with a projection
   using Shape = c10::SmallVector<int64_t, 3>;
   Shape y_shape() const;
   // Of h0, h_n and their gradients with units = P, of c0 and c_n with H.

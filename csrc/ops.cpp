@@ -107,7 +107,7 @@ TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
 }  // namespace fusedrnn
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information and instruction sets of fusedrnn's kernels.";
+  m.doc() = "The compiled half of fusedrnn.";
   m.def("cpu_isas", &fusedrnn::isa_names,
         "Names of the instruction sets compiled in and usable here, the plainest first.");
   m.def(

@@ -48,6 +48,11 @@ inline constexpr int saved_blocks(Cell cell) {
   return cell == Cell::kLstm || cell == Cell::kGru ? 4 : 1;
 }
 inline constexpr bool has_cell_state(Cell cell) { return cell == Cell::kLstm; }
+// The GRU scales the half of n that comes from h, bias included: n's two halves are kept apart.
+inline constexpr bool keeps_n_apart(Cell cell) { return cell == Cell::kGru; }
+// What backward carries from step to step besides dgates is a share of dh itself (GRU: dh z), not
+// the gradient of another state (LSTM: dc).
+inline constexpr bool carries_h(Cell cell) { return cell == Cell::kGru; }
 
 // Which gate (row block of W_ih, W_hh) each block of dgates belongs to on either side, -1: none.
 struct GradientBlocks {
@@ -55,6 +60,13 @@ struct GradientBlocks {
   int gates;  // of either side; the input side is the last `gates` blocks
   int input_gate[4], hidden_gate[4];
   constexpr int input_begin() const { return count - gates; }
+  // Whether the hidden side's blocks stand in the order of the weight's gates.
+  constexpr bool hidden_in_order() const {
+    for (int i = 0; i < gates; ++i) {
+      if (hidden_gate[i] != i) return false;
+    }
+    return true;
+  }
 };
 
 inline constexpr GradientBlocks gradient_blocks(Cell cell) {
@@ -84,10 +96,14 @@ struct Sizes {
   bool projected;
   int64_t hidden_padded() const { return padded(hidden); }
   int64_t output_padded() const { return padded(output); }
+  // Zeros that stand for a row of states or of gradients of all gates.
+  int64_t zero_count() const {
+    return 4 * hidden_padded() > output_padded() ? 4 * hidden_padded() : output_padded();
+  }
 };
 
-// In a call without packed weights, rows may be laid across the vectors (cpu/across_inl.h): surely
-// not fewer than the first, and not more than the second at a time.
+// In a call without packed weights, rows may be laid across the vectors (cpu/across_inl.h): from
+// the first number on, at most the second at a time.
 inline constexpr int64_t kLeastAcross = 8, kMostAcross = 256;
 
 // The word that products read where values are kept as E.
@@ -175,7 +191,7 @@ struct ForwardArgs {
   Schedule schedule;
   int directions;
   bool save;       // keep activated gates (and cells) for backward
-  const S* zeros;  // (max(4 Hp, Pp))
+  const S* zeros;  // (Sizes::zero_count)
   W* words;        // scratch: per thread, rows of x or of a state in words; unused where W is S
   int64_t words_stride;
   W* across;  // scratch: per thread, up to kMostAcross rows of x and of a state; or null
@@ -225,7 +241,7 @@ struct BackwardArgs {
   Sizes sizes;
   Schedule schedule;
   int directions;
-  const S* zeros;      // (max(4 Hp, Pp))
+  const S* zeros;      // (Sizes::zero_count)
   S* dx;               // (io rows, I); or null: not wanted
   bool add_dx;         // dx holds zeros, or the other direction's share; else it is written
   const E** previous;  // scratch: where the states that entered a chunk's steps lie

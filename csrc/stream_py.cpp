@@ -101,7 +101,7 @@ py::object run_tensor(Stream& stream, const at::Tensor& x, bool sequence) {
     throw std::runtime_error("x requires grad, but a Stream has no gradients: x.detach() it");
   }
   const Shape shape = shape_of(stream, x.sizes().vec(), sequence);
-  const at::Tensor dense = x.contiguous();
+  const at::Tensor dense = (x.is_neg() ? x.resolve_neg() : x).contiguous();
   at::Tensor y = at::detail::empty_cpu(shape.result, at::kFloat);
   run(stream, dense.const_data_ptr<float>(), y.mutable_data_ptr<float>(), shape.steps, sequence);
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y)));

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 
 def missing(error: ImportError) -> NoReturn:
-    sys.exit(f"this program needs the package {error.name}: pip install 'fusedrnn[examples]'")
+    name = Path(sys.argv[0]).stem
+    sys.exit(f"this program needs the package {error.name}, which `make example-{name}` installs")
 
 
 try:

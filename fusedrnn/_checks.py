@@ -14,7 +14,15 @@ from torch import Tensor
 
 from fusedrnn.reference import GATES
 
-__all__ = ["check_input", "check_lengths", "check_params", "check_reset", "check_state", "rnn_mode"]
+__all__ = [
+    "check_dropout",
+    "check_input",
+    "check_lengths",
+    "check_params",
+    "check_reset",
+    "check_state",
+    "rnn_mode",
+]
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:
@@ -52,13 +60,18 @@ def check_state(name: str, state: Tensor, x: Tensor, expected: tuple[int, int, i
         raise RuntimeError(f"Expected {name} dtype {x.dtype} as the input's, got {state.dtype}")
 
 
-def check_lengths(lengths: Tensor, x: Tensor) -> None:
-    """lengths against the time-major x (T, B, I): int64 (B,), values in 0..T.
+def check_dropout(dropout: float) -> None:
+    """A probability; NaN is none."""
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a number in range [0, 1], got {dropout!r}")
+
+
+def check_lengths(lengths: Tensor, num_steps: int, batch: int, device: torch.device) -> None:
+    """lengths of an input with so many steps and rows: int64 (batch,), values in 0..num_steps.
 
     Values are read only where that costs nothing and is possible: of a plain CPU tensor, and not
     while tracing. The kernels clamp or refuse what cannot be checked here.
     """
-    num_steps, batch = x.shape[0], x.shape[1]
     _require_tensor("lengths", lengths, "an int64 tensor of shape (batch,)")
     if lengths.dtype != torch.int64:
         raise ValueError(f"lengths must have dtype torch.int64, got {lengths.dtype}")
@@ -67,9 +80,9 @@ def check_lengths(lengths: Tensor, x: Tensor) -> None:
             f"lengths must have shape ({batch},), one entry a row of input, got "
             f"{tuple(lengths.shape)}"
         )
-    if lengths.device != x.device and lengths.device.type != "cpu":
+    if lengths.device != device and lengths.device.type != "cpu":
         raise ValueError(
-            f"lengths must be on the CPU or on input's device {x.device}, got {lengths.device}"
+            f"lengths must be on the CPU or on input's device {device}, got {lengths.device}"
         )
     readable = (
         not torch.compiler.is_compiling()

@@ -118,6 +118,8 @@ def _select(value: Any, dim: Any, index: int) -> Any:
 
 def _loop(op: Any, batch_size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
     """Call ``op`` on every slice; the results of all calls, output by output."""
+    if batch_size == 0:
+        raise RuntimeError(f"{op}: vmap over an axis of size 0 is not supported")
     calls = (
         op(*(_select(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
         for i in range(batch_size)

@@ -62,7 +62,7 @@ class LSTMCell(nn.LSTMCell):
 
         Raises:
             ValueError, RuntimeError: as torch.nn, for ranks, sizes and dtypes that do not fit.
-            TypeError: hx is a tensor.
+            TypeError: hx is a tensor, or has a None in it.
         """
         if hx is None:
             return _step(self, "LSTMCell", "LSTM", input, None, None)
@@ -71,7 +71,10 @@ class LSTMCell(nn.LSTMCell):
         if len(hx) != 2:
             _check_ranks("LSTMCell", input, *hx)
             raise RuntimeError("lstm_cell expects two hidden states")
-        return _step(self, "LSTMCell", "LSTM", input, *hx)
+        h, c = hx
+        if h is None or c is None:
+            raise TypeError("LSTMCell: Expected hx to be a tuple (h, c) of tensors, got None in it")
+        return _step(self, "LSTMCell", "LSTM", input, h, c)
 
 
 _is_compiling = torch.compiler.is_compiling

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -32,12 +34,16 @@ def convert(module: nn.Module) -> nn.Module:
 
     Returns:
         ``module`` itself, or its replacement where it is a recurrent module.
+
+    Raises:
+        TypeError: ``module`` is no module.
     """
     return _swap(module, _FUSED)
 
 
 def revert(module: nn.Module) -> nn.Module:
-    """Replace every fused module inside ``module`` by torch.nn's: :func:`convert`'s inverse."""
+    """Replace every fused module inside ``module`` by torch.nn's: :func:`convert`'s inverse, with
+    the same result and error."""
     return _swap(module, _PLAIN)
 
 
@@ -73,6 +79,10 @@ def _replacement(old: nn.Module, classes: dict[type, type]) -> nn.Module:
     # The dictionaries of parameters, hooks and submodules are shared as they are: handles of hooks
     # refer to them, and what is assigned to either module's parameters is seen by both.
     new.__dict__.update(old.__dict__)
+    for hook in new._load_state_dict_pre_hooks.values():
+        # Alone of all hooks these may hold their module, by a weak reference, not be handed it.
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)
     if isinstance(new, nn.RNNBase):
         with torch.no_grad():
             new._init_flat_weights()  # torch.nn's own list of weights beside the parameters

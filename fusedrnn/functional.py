@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn._autocast import autocast_dtype, autocast_enabled, cast
 from fusedrnn._checks import (
+    check_dropout,
     check_input,
     check_lengths,
     check_params,
@@ -68,6 +69,7 @@ def lstm(
         TypeError, ValueError, RuntimeError: an argument that does not fit, by name.
     """
     check_params("LSTM", params, has_biases, num_layers, bidirectional)
+    check_dropout(dropout)
     return recurrent(
         "LSTM", input, hx, params, has_biases, num_layers, dropout if training else 0.0,
         bidirectional, batch_first, lengths, reset,
@@ -94,6 +96,7 @@ def gru(
     of 3H rows, and no projection.
     """
     check_params("GRU", params, has_biases, num_layers, bidirectional)
+    check_dropout(dropout)
     return recurrent(
         "GRU", input, hx, params, has_biases, num_layers, dropout if training else 0.0,
         bidirectional, batch_first, lengths, reset,
@@ -122,6 +125,7 @@ def rnn(
     """
     mode = rnn_mode(nonlinearity)
     check_params(mode, params, has_biases, num_layers, bidirectional)
+    check_dropout(dropout)
     return recurrent(
         mode, input, hx, params, has_biases, num_layers, dropout if training else 0.0,
         bidirectional, batch_first, lengths, reset,
@@ -178,7 +182,7 @@ def recurrent(
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if lengths is not None:
-        check_lengths(lengths, x)
+        check_lengths(lengths, x.shape[0], x.shape[1], x.device)
     if reset is not None:
         check_reset(reset, x, tuple(input.shape[:-1]))
         if rank == 2:
@@ -220,7 +224,10 @@ def _recurrent_packed(
     if data.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     h0, c0 = (None, None) if hx is None else _states(mode, hx, 3)
-    batch = 0 if h0 is None else int(batch_sizes[0])  # read where there is a state to check
+    batch = 0
+    if h0 is not None:
+        # Read where there is a state to check; while tracing the operator does, when it runs.
+        batch = h0.shape[1] if is_compiling() else int(batch_sizes[0])
     cell_dtype = _cell_dtype(mode, data, c0, params)
     x, h0, c0, params = _prepare(
         mode, data, h0, c0, params, num_layers, bidirectional, batch, packed=True

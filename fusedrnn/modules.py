@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, overload
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
@@ -166,6 +166,11 @@ class LSTM(_FusedRNNBase):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
+
+    # torch.nn.LSTM's own, for subclasses that write their own forward: RNNBase's know one state.
+    check_forward_args = nn.LSTM.check_forward_args
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    permute_hidden = nn.LSTM.permute_hidden
 
 
 class GRU(_FusedRNNBase):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedrnn._ops import _C
+from fusedrnn.reference import GATES
 
 __all__ = ["Stream"]
 
@@ -58,19 +59,19 @@ class Stream:
             )
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-        self._layers = _layers_of(module)
         self.weights = weights
         self.batch_size = batch_size
         params = [
             (mode, [None if p is None else _plain(p) for p in tensors])
-            for mode, tensors in self._layers
+            for mode, tensors in _layers_of(module)
         ]
         self._modes = [mode for mode, _ in params]
-        self._sizes = [(p[1].shape[1], p[0].shape[0] // _GATES[mode]) for mode, p in params]
+        self._sizes = [(p[1].shape[1], p[0].shape[0] // GATES[mode]) for mode, p in params]
+        if weights == torch.int8:
+            _check_int8_sums(params)
         self.input_size: int = params[0][1][0].shape[1]
         self.output_size: int = self._sizes[-1][0]
         self._stream = _C.Stream(params, _FORMATS[weights], batch_size)
-        del self._layers
 
     def step(self, x: Array) -> Array:
         """One step of all layers.
@@ -91,14 +92,19 @@ class Stream:
     def run(self, x: Array) -> Array:
         """T steps: (T, B, I), or (T, I) where the batch size is 1, to (T, B, P) or (T, P).
 
-        The same results as T calls of :meth:`step` but for rounding, sooner; T may be 0.
+        The same results as T calls of :meth:`step` but for rounding, sooner; T may be 0. Types
+        and errors are those of :meth:`step`.
         """
         return self._stream.run(x)
 
     @property
     def state(self) -> Tensor | tuple[Tensor, Tensor]:
         """A copy of the state: h (L, B, P), or (h, c) with c (L, B, H) for an LSTM, as torch.nn's
-        h_n and c_n. Assigning one in the same form sets it, None zeros."""
+        h_n and c_n, float32 on the CPU. Assigning one in the same form sets it, None zeros.
+
+        Raises:
+            TypeError, ValueError: what is assigned is no such tensor or pair, or has another shape.
+        """
         states = [self._stream.get_state(layer) for layer in range(len(self._modes))]
         h = torch.stack([h for h, _ in states])
         return (h, torch.stack([c for _, c in states])) if self._modes[0] == "LSTM" else h
@@ -110,7 +116,9 @@ class Stream:
             h = c = None
         elif lstm:
             if not isinstance(value, (tuple, list)) or len(value) != 2:
-                raise TypeError("state must be a pair (h, c) for an LSTM")
+                raise TypeError(
+                    f"state must be a pair (h, c) for an LSTM, got {type(value).__name__}"
+                )
             h, c = value
             c = self._checked("state[1]", c, self._sizes[0][1])
         else:
@@ -149,11 +157,22 @@ class Stream:
         return _plain(value)
 
 
-_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+# Products of two 8-bit values, of at most 127 each, are added up in 32 bits.
+_MOST_INT8_PRODUCTS = (2**31 - 1) // 127**2
+
+
+def _check_int8_sums(params: list[tuple[str, list[Tensor | None]]]) -> None:
+    for _, tensors in params:
+        columns = max(p.shape[1] for p in tensors if p is not None and p.dim() == 2)
+        if columns > _MOST_INT8_PRODUCTS:
+            raise ValueError(
+                f"weights: int8 sums hold at most {_MOST_INT8_PRODUCTS} products, the module has "
+                f"rows of {columns} weights"
+            )
 
 
 def _plain(t: Tensor) -> Tensor:
-    return t.detach().to("cpu", torch.float32).contiguous()
+    return t.detach().to("cpu", torch.float32).resolve_neg().contiguous()
 
 
 def _layers_of(module: nn.Module) -> list[tuple[str, list[Tensor | None]]]:

@@ -6,7 +6,7 @@
 #   PYTHON  an interpreter with torch, for csrc/cuda/ops_cuda.cpp (.venv/bin/python). A torch
 #           without CUDA will do: it has the headers but for one of a single line, written here.
 #           The kernels know no torch at all.
-# CUDA_ARCH lists what to compile for: "80 90".
+# CUDA_ARCHS lists what to compile for: "80 90"; the probe is for the last of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,11 +16,11 @@ if ! command -v nvcc >/dev/null; then
     exit 0
 fi
 # The probe of bench/cuda has its own flags; its program stays, under build/cuda/.
-CUDA_ARCHS=90 bash scripts/build_cuda_probe.sh
+arch=${CUDA_ARCHS:-80 90}
+CUDA_ARCHS=${arch##* } bash scripts/build_cuda_probe.sh
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
-arch=${CUDA_ARCH:-80 90}
 gencode=""
 for a in $arch; do
     gencode="$gencode -gencode arch=compute_$a,code=sm_$a"

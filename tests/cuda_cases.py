@@ -301,5 +301,5 @@ def smooth(strategy: str) -> list[tuple[str, str, torch.dtype]]:
     return [
         way
         for way in ways(strategy, dtypes=DTYPES)
-        if way[2] == torch.float32 or way[1] != "RNN_RELU"
+        if way[2] in (torch.float32, torch.float64) or way[1] != "RNN_RELU"
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -290,3 +290,12 @@ def trained(net: nn.Module, x: Tensor, **extras: Tensor) -> list[Tensor]:
     dys = [torch.randn(t.shape).to(t.dtype) for t in outputs]
     leaves = [*net.parameters(), *([x] if x.requires_grad else [])]
     return [*outputs, *torch.autograd.grad(outputs, leaves, dys)]
+
+
+def outcome(call: Callable[[], Any]) -> tuple[type, str] | None:
+    """What the call raises, or None."""
+    try:
+        call()
+    except Exception as error:
+        return type(error), str(error)
+    return None

@@ -192,6 +192,7 @@ def test_compiled_autograd(name: str) -> None:
     """torch.compile of the backward pass takes the node of an eager forward as it is."""
     graph = Graph(name)
     expected = graph.gradients()
+    y = graph.y()
     with torch._dynamo.config.patch(compiled_autograd=True):
-        torch.compile(lambda: graph.y().backward(graph.dy), backend="eager")()
+        torch.compile(lambda: y.backward(graph.dy), backend="eager")()
     assert oracle.same_bits(expected, [leaf.grad for leaf in graph.leaves])

@@ -137,6 +137,11 @@ def test_errors_beyond_torch_nn() -> None:
     x, h = torch.randn(2, 3), torch.randn(2, 5)
     with pytest.raises(TypeError, match=r"hx to be a tuple \(h, c\)"):
         lstm(x, h)
+    for half in ((h, None), (None, h), (None, None)):
+        with pytest.raises(
+            TypeError, match=r"hx to be a tuple \(h, c\) of tensors, got None in it"
+        ):
+            lstm(x, half)
     with pytest.raises(RuntimeError, match="expects two hidden states"):
         lstm(x, (h, h, h))
     with pytest.raises(RuntimeError, match=r"dtype torch\.float32.*got torch\.float64"):

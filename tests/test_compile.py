@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.export import Dim
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
 import oracle
@@ -134,6 +135,30 @@ def test_cells(cell: str) -> None:
             torch.autograd.grad(oracle.tensors(expected)[0].sum(), [x, net.weight_ih]),
         )
     assert graphs() == 1
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+def test_packed_with_states(mode: str, enforce_sorted: bool) -> None:
+    """How many rows there are is a value of batch_sizes, which a graph does not know."""
+    net = build(mode, num_layers=2)
+    lengths = torch.tensor([5, 2, 4] if not enforce_sorted else [5, 4, 2])
+    packed = pack_padded_sequence(torch.randn(5, 3, INPUT), lengths, enforce_sorted=enforce_sorted)
+    h = torch.randn(2, 3, HIDDEN, requires_grad=True)
+
+    def call(packed: PackedSequence, h: Tensor) -> tuple[Tensor, Tensor]:
+        output, state = net(packed, (h, h * 2) if mode == "LSTM" else h)
+        return output.data, state[0] if mode == "LSTM" else state
+
+    found = torch.compile(call, backend="aot_eager", fullgraph=True)(packed, h)
+    expected = call(packed, h)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found[0].sum(), [h, *net.parameters()]),
+        torch.autograd.grad(expected[0].sum(), [h, *net.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_autocast_inside_the_graph() -> None:

@@ -127,6 +127,16 @@ def test_training_flags() -> None:
     assert not model[0].training
 
 
+def test_hooks_that_hold_their_module_follow() -> None:
+    """Of these torch keeps a weak reference to the module: it must be the new one, both ways."""
+    model, seen = nn.Sequential(nn.LSTM(3, 4)), []
+    model[0].register_load_state_dict_pre_hook(lambda module, *args: seen.append(module))
+    for swap in (fusedrnn.convert, fusedrnn.revert):
+        swap(model)
+        model.load_state_dict(model.state_dict())
+        assert seen.pop() is model[0]
+
+
 def test_hooks_go_along_and_their_handles_work() -> None:
     model = nn.Sequential(nn.LSTM(3, 4))
     calls = []

@@ -54,8 +54,7 @@ SIZES = {
     [
         (strategy, mode, dtype, *size)
         for strategy, sizes in SIZES.items()
-        for mode in oracle.MODES
-        for dtype in cuda_cases.DTYPES_OF[strategy]
+        for _, mode, dtype in cuda_cases.smooth(strategy)
         for size in sizes
     ],
     *("mode", "dtype", "batch", "hidden_size"),
@@ -69,10 +68,11 @@ def test_sizes_of_kernels_that_take_many_steps(
     cuda_cases.check(torch.ops.fusedrnn, call, "cuda")
 
 
-@pytest.mark.parametrize("dtype", cuda_cases.DTYPES, ids=str)
-@pytest.mark.parametrize("mode", cuda_cases.MODES)
+@cuda_cases.each_of(cuda_cases.smooth("per_step"), "mode", "dtype")
 @pytest.mark.parametrize(("batch", "hidden_size"), [(1, 200), (33, 65), (64, 256)])
-def test_sizes_beyond_a_block(mode: str, dtype: torch.dtype, batch: int, hidden_size: int) -> None:
+def test_sizes_beyond_a_block(
+    strategy: str, mode: str, dtype: torch.dtype, batch: int, hidden_size: int
+) -> None:
     call = cuda_cases.Call(
         mode, dtype, both=True, batch=batch, hidden_size=hidden_size, steps=20, input_size=96
     )

@@ -127,7 +127,7 @@ def test_a_device_too_small_for_the_persistent_kernels(
 def test_a_block_that_never_comes(ops: Any, strategy: str, device: Callable[..., None]) -> None:
     """Waiting ends with an error, not never."""
     call = cuda_cases.Call("LSTM", torch.bfloat16, hidden_size=40)
-    device(2, clock_rate=1000, lost=1)
+    device(2, clock_rate=60_000, lost=1)
     with pytest.raises(RuntimeError, match="a block waited for the others for too long"):
         ops.layer_forward(**call.arguments(), save=False)
     device(2)

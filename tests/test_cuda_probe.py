@@ -175,7 +175,7 @@ def test_no_step_stops_another(house: Path) -> None:
     asked = (house / "asked").read_text()
     assert f"1 -m bench.cuda.compare --out {house}/out --total 270" in asked
     assert "1 setup.py build_ext --inplace" in asked
-    assert "1 -m pytest -x -q -m cuda" in asked
+    assert "1 -m pytest --maxfail=10 -q -m cuda tests/test_cuda.py" in asked
     assert (house / "out" / "probe.log").read_text() == "{}\n"
 
 

@@ -33,7 +33,9 @@ def test_the_program(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "char_lm.py"), "--tiny", "--out", str(tmp_path)]
     # the fusedrnn that these tests import, installed or not
     env = {**os.environ, "PYTHONPATH": str(Path(fusedrnn.__file__).resolve().parents[1])}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "The two loss curves agree" in done.stdout
     assert (tmp_path / "char_lm.png").read_bytes().startswith(b"\x89PNG")

@@ -24,7 +24,9 @@ for package in (
 def run(program: str, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLES / program), "--out", str(out), *arguments]
     env = {**os.environ, "PYTHONPATH": str(Path(fusedrnn.__file__).resolve().parents[1])}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 def results_of(program: str, out: Path) -> dict:
@@ -62,7 +64,9 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "babel.py").write_text("raise ImportError('gone', name='babel')")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(fusedrnn.__file__).resolve().parents[1]}"}
     command = [sys.executable, str(EXAMPLES / "translate_dates.py"), "--tiny"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 1
     assert "this program needs the package babel: pip install" in done.stderr
 

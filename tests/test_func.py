@@ -271,3 +271,8 @@ def test_the_comparison_can_fail() -> None:
         close(found * (1 + 1e-8), expected)
     with pytest.raises(AssertionError):
         close(torch.zeros_like(x), torch.zeros_like(x))
+
+
+def test_vmap_over_nothing() -> None:
+    with pytest.raises(RuntimeError, match="vmap over an axis of size 0 is not supported"):
+        vmap(fusedrnn.GRU(2, 3))(torch.randn(0, 4, 3, 2))

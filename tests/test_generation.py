@@ -174,6 +174,7 @@ def test_restricted() -> None:
     assert restricted(logits, None, 1e-9).isfinite().sum(1).tolist() == [1, 1]
     assert restricted(logits, None, 1.0).isfinite().all()
     assert restricted(logits, 2, None)[0].isfinite().tolist() == [False, True, True, False]
+    assert restricted(torch.zeros(1, 5), 2, None).isfinite().sum() == 2, "equally likely ones"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ def resident() -> int:
 
 def in_a_process_of_its_own(code: str) -> None:
     folder = __file__.rsplit("/", 1)[0]
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=folder)
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=folder, timeout=300
+    )
 
 
 def peak() -> int:
@@ -164,7 +166,7 @@ def test_results_are_ordinary_tensors() -> None:
     lstm, x = fusedrnn.LSTM(64, 256), torch.randn(50, 16, 64)
     with torch.no_grad():
         y, _ = lstm(x)
-        assert y.nbytes >= 128 << 10
+        assert y.nbytes >= 32 << 10  # from there on it comes from the pool
         kept = y.clone()
         fusedrnn.empty_cache()
         lstm(-x)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
 import fusedrnn
 from fusedrnn import models
@@ -38,6 +39,7 @@ def test_encoder_is_torchs_layers_row_by_row(cell: str, bidirectional: bool) -> 
         5, 4, num_embeddings=9, cell=cell, num_layers=3, bidirectional=bidirectional, residual=True
     ).double()
     tokens, lengths = torch.randint(9, (4, 6)), torch.tensor([6, 0, 3, 1])
+    tokens[torch.arange(6) >= lengths[:, None]] = -100  # padding need be no token
     output, state = encoder(tokens, lengths)
     assert output.shape == (4, 6, encoder.output_size)
     kind = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell]
@@ -348,3 +350,23 @@ def test_truncated_bptt(cell: str) -> None:
     assert not any(part.requires_grad for state in states for part in parts(state))
     endless = models.truncated_bptt(stack, itertools.repeat(x[:, :3]))
     assert next(endless)[1].equal(next(models.truncated_bptt(stack, [x[:, :3]]))[1])
+
+
+def test_truncated_bptt_over_packed_chunks() -> None:
+    """A PackedSequence is an input, though it is a tuple too; a list of states stays one."""
+    layer, chunks = fusedrnn.GRU(3, 4), [torch.randn(4, 3), torch.randn(2, 3)]
+    packed = pack_sequence(chunks)
+    (_, output, state), (_, _, after) = models.truncated_bptt(layer, [packed, packed])
+    expected, h_n = layer(packed)
+    torch.testing.assert_close(output.data, expected.data)
+    torch.testing.assert_close(state, h_n.detach())
+    torch.testing.assert_close(after, layer(packed, h_n)[1].detach())
+    [first, second] = models.tbptt.detached([h_n, None])
+    assert not first.requires_grad
+    assert second is None
+
+
+def test_initial_values_of_computed_weights() -> None:
+    layer = nn.utils.parametrizations.weight_norm(fusedrnn.GRU(3, 4), "weight_hh_l0")
+    with pytest.raises(ValueError, match="module: expected a plain parameter weight_hh_l0"):
+        models.orthogonal_recurrent_(layer)

@@ -53,9 +53,9 @@ def test_decoder_options(options: dict[str, Any], match: str) -> None:
         (torch.full((2, 4), 9), None, ValueError, r"input: expected indices in 0\.\.8, got 9"),
         (torch.full((2, 4), -1), None, ValueError, r"input: expected indices in 0\.\.8, got -1"),
         (torch.zeros(2, 4), None, TypeError, "input: expected int64"),
-        (torch.full((2, 4), 1), torch.tensor([5, 1]), ValueError, r"lengths: .* 0\.\.4, got 5"),
-        (torch.full((2, 4), 1), torch.tensor([1]), ValueError, r"lengths: expected shape \(2,\)"),
-        (torch.full((2, 4), 1), torch.tensor([1.0, 2.0]), TypeError, "lengths: expected dtype"),
+        (torch.full((2, 4), 1), torch.tensor([5, 1]), ValueError, r"lengths must lie in 0\.\.4"),
+        (torch.full((2, 4), 1), torch.tensor([1]), ValueError, r"lengths must have shape \(2,\)"),
+        (torch.full((2, 4), 1), torch.tensor([1.0, 2.0]), ValueError, "lengths must have dtype"),
     ],
 )
 def test_encoder_input(tokens: Tensor, lengths: Tensor | None, error: type, match: str) -> None:
@@ -87,6 +87,10 @@ def test_other_errors() -> None:
     state, _ = model.encode(torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="memory: expected with attention"):
         model.decoder(torch.zeros(2, 4, dtype=torch.int64), state)
+    with pytest.raises(TypeError, match="targets: expected int64"):
+        models.sequence_cross_entropy(
+            torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int32), torch.tensor([1, 3])
+        )
     with pytest.raises(ValueError, match="module: expected RNNs alone, got GRU"):
         models.identity_recurrent_(fusedrnn.GRU(3, 4))
     with pytest.raises(ValueError, match="module: expected a recurrent module inside Linear"):
@@ -102,3 +106,32 @@ def test_other_errors() -> None:
         models.sequence_cross_entropy(logits[:, :2], targets)
     with pytest.raises(ValueError, match="reduction: expected one of"):
         models.sequence_cross_entropy(logits, targets, reduction="none")
+
+
+def test_a_decoder_and_its_memory() -> None:
+    """Attention needs a memory, and nothing else takes one, by whatever way the decoder is read."""
+    first = {"start": 1, "end": 2, "max_length": 3}
+    memory = models.Attention("general", 6, 4).remember(torch.randn(2, 5, 4))
+    hidden = (torch.zeros(1, 2, 6), torch.zeros(1, 2, 6))
+    attending = models.AttentionDecoder(**DECODER)
+    alone = models.AttentionDecoder(**DECODER | {"memory_size": None, "attention": None})
+    for decoder, wrong in ((attending, None), (alone, memory)):
+        state = decoder.initial_state(hidden)
+        for read in (
+            lambda d, s, m: d.step(torch.zeros(2, dtype=torch.int64), s, m),
+            lambda d, s, m: d(torch.zeros(2, 4, dtype=torch.int64), s, m),
+            lambda d, s, m: models.greedy(d, s, m, **first),
+            lambda d, s, m: models.sample(d, s, m, **first),
+            lambda d, s, m: models.beam_search(d, s, m, beam_size=2, **first),
+        ):
+            with pytest.raises(ValueError, match="memory: expected with attention, and only then"):
+                read(decoder, state, wrong)
+
+
+def test_attention_input() -> None:
+    attention = models.Attention("general", 6, 4)
+    memory = attention.remember(torch.randn(2, 5, 4))
+    with pytest.raises(ValueError, match=r"query: expected \(B, T, 6\), got shape \(2, 3, 5\)"):
+        attention(torch.randn(2, 3, 5), memory)
+    with pytest.raises(ValueError, match="memory: expected the query's 3 rows, got 2"):
+        attention(torch.randn(3, 1, 6), memory)

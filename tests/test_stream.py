@@ -289,3 +289,16 @@ def test_bounded_memory() -> None:
 
     before = spend(200)
     assert spend(1000) - before < 4096, "kilobytes"
+
+
+def test_negated_views() -> None:
+    """A tensor may be the negative of what lies in its memory."""
+    module = nn.GRU(3, 4).requires_grad_(False)
+    h = torch.randn(1, 1, 4)
+    x = torch.randn(1, 3)
+    streams = fusedrnn.Stream(module), fusedrnn.Stream(module)
+    streams[0].state, streams[1].state = -h, torch._neg_view(h)
+    assert streams[1].step(torch._neg_view(x)).equal(streams[0].step(-x))
+    module.weight_ih_l0 = nn.Parameter(torch._neg_view(-module.weight_ih_l0), False)
+    assert fusedrnn.Stream(module).step(x).equal(fusedrnn.Stream(module).step(x.clone()))
+    torch.testing.assert_close(fusedrnn.Stream(module).step(x), module(x[None])[0][0])

@@ -104,3 +104,19 @@ def test_bad_states() -> None:
         gru.state = [0.0]
     with pytest.raises(ValueError, match="state must have shape"):
         gru.state = torch.zeros(4)
+
+
+def test_rows_too_long_for_int8_sums() -> None:
+    """127 * 127 times the number of products must fit 32 bits."""
+    most = (2**31 - 1) // 127**2
+    for size, fits in ((most, True), (most + 1, False)):
+        module = nn.RNN(size, 1, nonlinearity="relu").requires_grad_(False)
+        for p in module.parameters():
+            p.zero_()
+        module.weight_ih_l0.fill_(1 / size)
+        if not fits:
+            with pytest.raises(ValueError, match=f"weights: int8 sums hold at most {most}"):
+                fusedrnn.Stream(module, weights=torch.int8)
+            continue
+        y = fusedrnn.Stream(module, weights=torch.int8).run(torch.ones(1, size))
+        torch.testing.assert_close(y, torch.ones(1, 1), rtol=0.01, atol=0)

@@ -50,7 +50,10 @@ __attribute__((noinline)) void across_panel(typename F::Sum* to,
   constexpr int lanes = kLanes<Sum>;
   constexpr int tall = std::min(8, FUSEDRNN_ACCUMULATORS / kAcrossVectors);
   constexpr int most = std::min(F::kMostRows < 6 ? F::kMostRows : tall, lanes);
-  Vec<Sum> sums[kAcrossVectors][lanes] = {};
+  Vec<Sum> sums[kAcrossVectors][lanes];
+  for (int v = 0; v < kAcrossVectors; ++v) {
+    for (int64_t unit = valid; unit < lanes; ++unit) sums[v][unit] = Vec<Sum>{};
+  }
   for (const auto* term = terms; term < terms + count; ++term) {
     product<F, kAcrossVectors, most>(
         Range{0, valid}, Range{0, 1}, [&](int64_t unit) { return term->weights + unit * term->k; },
@@ -60,7 +63,10 @@ __attribute__((noinline)) void across_panel(typename F::Sum* to,
 #pragma GCC unroll 8
               for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-                for (int v = 0; v < kAcrossVectors; ++v) sums[v][unit + r] += tile.sum[r][v];
+                for (int v = 0; v < kAcrossVectors; ++v) {
+                  Vec<Sum>& sum = sums[v][unit + r];
+                  sum = term == terms ? tile.sum[r][v] : sum + tile.sum[r][v];
+                }
               }
             });
   }

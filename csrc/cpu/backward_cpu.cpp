@@ -122,7 +122,7 @@ class BackwardRun {
       dir.db_ih = gradient(2);
       dir.db_hh = gradient(3);
     }
-    if (sizes.projected) dir.dw_hr = gradient(layer_.has_biases ? 4 : 2);
+    if (sizes.projected) dir.dw_hr = gradient(layer_.w_hr_index());
     dir.reset = storage.reset_of(d);
   }
 
@@ -130,7 +130,7 @@ class BackwardRun {
     const Sizes& sizes = layer_.sizes;
     const int64_t gates = gate_blocks(layer_.cell) * hidden_;
     const int threads = most_threads(work_, schedule_, bounds_);
-    scratch_.want(&zeros_, zero_count());
+    scratch_.want(&zeros_, layer_.sizes.zero_count());
     const int64_t row_words = words_of<E>(most_rows_);
     scratch_.want(&args_.previous, most_rows_);
     scratch_.want(&args_.panels[0], row_words * whole_panels(sizes.input));
@@ -161,13 +161,11 @@ class BackwardRun {
       }
     }
     scratch_.allocate();
-    std::fill(zeros_, zeros_ + zero_count(), S(0));
+    std::fill(zeros_, zeros_ + layer_.sizes.zero_count(), S(0));
     args_.zeros = zeros_;
     // Its tails are read, though never used: they should not hold NaN or denormals.
     std::fill(args_.columns, args_.columns + threads * args_.columns_stride, Word<E>(0));
   }
-
-  int64_t zero_count() const { return std::max(4 * hidden_, output_); }
 
   void fill_states() {
     const Values<E> h0(in_.layer.h0);

@@ -35,7 +35,7 @@ class BackwardChunk : public StateGradients<S, E> {
       Base::output_, Base::own_output_panels_, Base::own_hidden_panels_, Base::own_rows_,
       Base::first_row_;
   using typename Base::F;
-  static constexpr int kSavedBlocks = gradient_blocks(kCell).count;
+  static constexpr int kGradientBlocks = gradient_blocks(kCell).count;
 
   void step(int64_t t) const {
     const int64_t u = d_.reverse ? t - 1 : t + 1;
@@ -124,8 +124,10 @@ class BackwardChunk : public StateGradients<S, E> {
 
   FUSEDRNN_HD void cell_gradient(int64_t t, int64_t u, int64_t b, int64_t unit, Vec<S> dh) const {
     const Row row = row_of(t, b);
+    // The padding's sums are zero times what the rows hold: NaN of an infinite x, which W_hh's
+    // zeros would carry to every unit.
     const auto put = [&](int block, Vec<S> value) __attribute__((always_inline)) {
-      write(row.dgates + block * hidden_ + unit, value);
+      write(row.dgates + block * hidden_ + unit, with_first_lanes<S>(value, sizes_.hidden - unit));
     };
     if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
       using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
@@ -164,7 +166,7 @@ class BackwardChunk : public StateGradients<S, E> {
     const Row row = row_of(t, b);
     for (int v = 0; v < kStepVectors; ++v) {
       const int64_t unit = panel * kWidth + v * kLanes<S>;
-      for (int block = 0; block < kSavedBlocks; ++block) {
+      for (int block = 0; block < kGradientBlocks; ++block) {
         fetch_to_write(row.dgates + block * hidden_ + unit);
         if (row.gates != nullptr) fetch_to_read(row.gates + block * hidden_ + unit);
       }

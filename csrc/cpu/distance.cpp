@@ -96,7 +96,7 @@ void assume_threads(const std::string& distance) {
 }
 
 void find_distance(Workload& work, int threads) {
-  if (hangs_on_distance(work, threads)) work.distance = team_distance(threads);
+  if (depends_on_distance(work, threads)) work.distance = team_distance(threads);
 }
 
 }  // namespace fusedrnn

@@ -35,7 +35,7 @@ Distance team_distance(int threads);
 // For tests: from now on team_distance() finds "near" or "far"; "measured": what it measures.
 void assume_threads(const std::string& distance);
 
-// Sets work.distance where the plan for so many threads hangs on it.
+// Sets work.distance where the plan for so many threads depends on it.
 void find_distance(Workload& work, int threads);
 
 }  // namespace fusedrnn

@@ -57,7 +57,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
 
   Scratch scratch;
   S* zeros = nullptr;
-  const int64_t zero_count = std::max(4 * hidden, output);
+  const int64_t zero_count = layer.sizes.zero_count();
   scratch.want(&zeros, zero_count);
   for (int d = 0; d < layer.directions; ++d) {
     ForwardDirection<S, Word<E>>& dir = args.direction[d];
@@ -208,7 +208,7 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   const at::Tensor cells =
       empty_where(save_cells, {layer.rows, directions, sizes.hidden_padded()}, exact);
   // What no step reaches: the same call gives the same tensors.
-  const int64_t gates_width = 4 * sizes.hidden_padded();
+  const int64_t gates_width = saved_blocks(layer.cell) * sizes.hidden_padded();
   if (save_gates && layer.saved_width() > gates_width) {
     gates.narrow(2, gates_width, layer.saved_width() - gates_width).zero_();
   }

@@ -2,14 +2,14 @@
 #pragma once
 
 #include "cpu/cell_forward_inl.h"
-#include "cpu/projection_inl.h"
+#include "cpu/forward_products_inl.h"
 
 FUSEDRNN_ISA_BEGIN
 
 template <Cell kCell, class S, class F>
-class ForwardChunk : public ChunkProjection<gate_blocks(kCell), S, F> {
+class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
   static constexpr int kGates = gate_blocks(kCell);
-  using Base = ChunkProjection<kGates, S, F>;
+  using Base = ForwardProducts<kGates, S, F>;
 
  public:
   using typename Base::Word;
@@ -111,13 +111,15 @@ class ForwardChunk : public ChunkProjection<gate_blocks(kCell), S, F> {
     const auto apply = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0,
                                           int64_t panel) __attribute__((always_inline)) {
       constexpr int blocks = NV / kGates;
-      typename CellStep::Half half[R][blocks] = {};
+      typename CellStep::Half half[R][blocks];
       const auto each_row = [&](auto f) __attribute__((always_inline)) {
         const auto row = [&](int r) __attribute__((always_inline)) {
 #pragma GCC unroll 4
           for (int block = 0; block < blocks; ++block) {
             const int64_t unit = (panel * Panel::blocks + block) * kLanes<S>;
-            if (unit < hidden_) f(r, block, unit);
+            // A panel's first vector always does.
+            const bool exists = block % Panel::blocks == 0 || unit < hidden_;
+            f(r, block, unit, exists);
           }
         };
         // A short tile stays in registers. A tall one is a loop over its rows: unrolled, the
@@ -130,13 +132,16 @@ class ForwardChunk : public ChunkProjection<gate_blocks(kCell), S, F> {
           for (int r = 0; r < R; ++r) row(r);
         }
       };
-      each_row([&](int r, int block, int64_t unit) __attribute__((always_inline)) {
+      each_row([&](int r, int block, int64_t unit, bool exists) __attribute__((always_inline)) {
         if (R > 2 && block == 0) {
           with_next_tile(mine, own_panels_, b0 + R + r, panel, fetch, fetch_next_step);
         }
+        half[r][block] = typename CellStep::Half{};
+        if (!exists) return;
         half[r][block] = cell.begin(tile.sum[r] + block * kGates, row_of(b0 + r), unit);
       });
-      each_row([&](int r, int block, int64_t unit) __attribute__((always_inline)) {
+      each_row([&](int r, int block, int64_t unit, bool exists) __attribute__((always_inline)) {
+        if (!exists) return;
         const Vec<S> h = cell.finish(half[r][block], row_of(b0 + r), unit);
         if (kCell == Cell::kLstm && sizes_.projected) {
           store(d_.h_tilde + state_row(schedule_, b0 + r) * hidden_ + unit, h);

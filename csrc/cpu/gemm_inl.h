@@ -124,7 +124,7 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_
   // At once where the registers hold all sums, and the operands beside them.
   constexpr int width = R * all + std::min(R, all) <= FUSEDRNN_ACCUMULATORS + 2 ? all : strip;
   // A sum waits for its last addition: short tiles use several sets of sums to hide that. A row's
-  // last panel, alone, as many as the others: which one that is hangs on the number of threads.
+  // last panel, alone, as many as the others: which one that is depends on the number of threads.
   constexpr int sums = R == 1 ? kRowPanels<NV> * NV : R * width;
   constexpr int sets = sums >= 8 ? 1 : sums >= 4 ? 2 : 4;
   constexpr int64_t b_step = strip * kLanes<typename F::Word>;

@@ -290,7 +290,7 @@ class ChunkGradients {
     }
   }
 
-  // The same for rows so few that W_ih was not packed; threads share the columns.
+  // dx where W_ih was not packed, of few rows; threads share the columns.
   void input_gradient_of_few() const {
     static constexpr int gates[] = {0, 1, 2, 3};
     const BlockRows<E> weight = {weight_row<F, E>(d_.weights.w_ih, 0, sizes_.input),
@@ -314,7 +314,7 @@ class ChunkGradients {
   void input_gradient() const {
     const int64_t all = weight_words();
     const E* dgates = d_.dgates + blocks_.input_begin() * hidden_;
-    // A tile's height, which decides how its sums are taken, hangs on no number of threads.
+    // A tile's height, which decides how its sums are taken, depends on no number of threads.
     const int64_t count = tile_count<F, kChunkVectors>(rows_);
     const Tiles tiles = {{0, rows_}, count, packs_on_the_way_ ? Range{0, count} : own(count)};
     const Range rows = {tiles.begin(tiles.mine.begin), tiles.begin(tiles.mine.end)};

@@ -1,5 +1,5 @@
-// The table of one instruction set. A kernel file includes the standard headers below (through
-// cpu/kernels_prelude.h), opens its target region, then includes this file.
+// The table of one instruction set. A kernel file includes cpu/kernels_prelude.h, opens its target
+// region, then includes this file.
 #pragma once
 
 #include "cpu/forward_inl.h"

@@ -174,7 +174,7 @@ struct WeightValues {
       b_ih = Values<E>(layer.param(params, d, 2));
       b_hh = Values<E>(layer.param(params, d, 3));
     }
-    if (layer.sizes.projected) w_hr = Matrix<E>(layer.param(params, d, layer.has_biases ? 4 : 2));
+    if (layer.sizes.projected) w_hr = Matrix<E>(layer.param(params, d, layer.w_hr_index()));
   }
 
   Weights<S, Word<E>> view() const {

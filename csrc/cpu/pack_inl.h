@@ -291,7 +291,9 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
         }
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
       for (int v = 0; v < Vectors; ++v) {
         S* at = to + (r * Vectors + v) * lanes;
         store(at, add ? load(at) + sums[r][v] : sums[r][v]);

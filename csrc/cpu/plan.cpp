@@ -113,7 +113,7 @@ Plan plan_team(const Workload& work, int threads) {
   return plan;
 }
 
-bool hangs_on_distance(Workload work, int threads) {
+bool depends_on_distance(Workload work, int threads) {
   if (threads == 1 || multiplications(work) < least_of(Distance::kNear, false).two_caches) {
     return false;
   }

@@ -40,7 +40,7 @@ Plan plan_team(const Workload& work, int threads);
 
 // Whether that plan is another one for near threads than for far ones. Results are the same, bit by
 // bit: such plans share hidden units, not rows.
-bool hangs_on_distance(Workload work, int threads);
+bool depends_on_distance(Workload work, int threads);
 
 // Where the rows of a state of `row_bytes` or more a row lie, so that no line of one group's is
 // near one of another's: Schedule::state_row. Empty where there is one group.

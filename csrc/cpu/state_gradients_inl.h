@@ -24,7 +24,7 @@ class StateGradients {
         own_rows_(own_rows(schedule_, d_.chunk, slot)),
         first_row_(schedule_.row0[d_.chunk.begin]),
         blocks_(gradient_blocks(cell)),
-        carries_h_(cell == Cell::kGru) {}
+        carries_h_(carries_h(cell)) {}
 
   // W_hh by output column, W_hr by hidden unit: this thread's panels, or its group's share of them.
   void pack() const {
@@ -179,7 +179,7 @@ class StateGradients {
   int64_t recurrent_words() const { return words_of<F>(blocks_.gates * hidden_); }
 
   const GradientBlocks blocks_;
-  const bool carries_h_;  // the carry is a share of dh itself
+  const bool carries_h_;
 };
 
 FUSEDRNN_ISA_END

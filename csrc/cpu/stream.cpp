@@ -188,7 +188,7 @@ class Layer final : public FrozenLayer {
     d.packed = frozen_->packed;
     d.gates_stride = gates;
     d.y_stride = sizes.output;
-    scratch_.want(&zeros_, zero_count());
+    scratch_.want(&zeros_, sizes.zero_count());
     scratch_.want(&d.gates, most_steps_ * batch * gates);
     scratch_.want(&d.h[0], batch * output);
     scratch_.want(&d.h[1], batch * output);
@@ -196,7 +196,7 @@ class Layer final : public FrozenLayer {
     if (has_cell_state(cell)) scratch_.want(&d.c, batch * hidden);
     if (sizes.projected) scratch_.want(&d.h_tilde, batch * hidden);
     scratch_.allocate();
-    std::fill(zeros_, zeros_ + zero_count(), 0.0f);
+    std::fill(zeros_, zeros_ + sizes.zero_count(), 0.0f);
     args_.zeros = zeros_;
     set_state(nullptr, nullptr);
   }
@@ -246,8 +246,6 @@ class Layer final : public FrozenLayer {
   }
 
  private:
-  int64_t zero_count() const { return std::max(4 * sizes.hidden_padded(), sizes.output_padded()); }
-
   void copy_rows(float* to, int64_t to_stride, const float* from, int64_t from_stride,
                  int64_t columns) const {
     for (int64_t b = 0; b < batch_; ++b) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "isa_namespace.h"
@@ -109,6 +110,16 @@ FUSEDRNN_HD void store(S* to, Vec<S> v, int64_t n) {
   } else {
     store_some(to, v, n);
   }
+}
+
+// v with zeros from lane n on.
+template <class S>
+FUSEDRNN_HD Vec<S> with_first_lanes(Vec<S> v, int64_t n) {
+  using I = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
+  if (n >= kLanes<S>) return v;
+  Vec<I> lane;
+  for (int i = 0; i < kLanes<I>; ++i) lane[i] = i;
+  return lane < static_cast<I>(n) ? v : Vec<S>{};
 }
 
 // The line at an address into the cache, to be read, or to be written too.

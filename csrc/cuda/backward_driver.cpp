@@ -115,8 +115,8 @@ class BackwardRun {
              {},
              {}};
     if (sizes_.projected) {
-      w.w_hr = param(d, w_hr_index());
-      w.dw_hr = sum_like(d, w_hr_index());
+      w.w_hr = param(d, layer_.w_hr_index());
+      w.dw_hr = sum_like(d, layer_.w_hr_index());
     }
     if (layer_.has_biases && (wants(d, 2) || wants(d, 3))) w.db = sum({width_});
     fill(w.direct, in_.dh_n);
@@ -143,7 +143,7 @@ class BackwardRun {
     const int d = w.d;
     put_initial(w);
     if (w.dw_ih.wanted()) result(d, 0).copy_(w.dw_ih.total());
-    if (w.dw_hr.wanted()) result(d, w_hr_index()).copy_(w.dw_hr.total());
+    if (w.dw_hr.wanted()) result(d, layer_.w_hr_index()).copy_(w.dw_hr.total());
     if (w.dw_hh.wanted()) from_hidden_order(result(d, 1), w.dw_hh.total());
     if (w.db.wanted() && wants(d, 2)) {
       const int64_t columns = blocks_.gates * sizes_.hidden;
@@ -153,7 +153,6 @@ class BackwardRun {
   }
 
   int index(int d, int param) const { return d * layer_.params_per_direction + param; }
-  int w_hr_index() const { return layer_.has_biases ? 4 : 2; }
   at::Tensor param(int d, int i) const { return layer_.param(in_.layer.params, d, i).contiguous(); }
   at::Tensor result(int d, int i) const { return out_.dparams[index(d, i)]; }
   bool wants(int d, int i) const { return result(d, i).defined(); }
@@ -172,7 +171,7 @@ class BackwardRun {
 
   // W_hh with its gates in the order of the hidden side, and a gradient in that order back.
   at::Tensor hidden_order(const at::Tensor& w_hh) const {
-    if (layer_.cell != Cell::kGru) return w_hh;
+    if (blocks_.hidden_in_order()) return w_hh;
     std::vector<at::Tensor> gates;
     for (int k = 0; k < blocks_.gates; ++k) {
       gates.push_back(w_hh.narrow(0, blocks_.hidden_gate[k] * sizes_.hidden, sizes_.hidden));

@@ -90,7 +90,7 @@ class ForwardRun {
       p.b_ih = param(2);
       p.b_hh = param(3);
     }
-    if (sizes_.projected) p.w_hr = param(layer_.has_biases ? 4 : 2);
+    if (sizes_.projected) p.w_hr = param(layer_.w_hr_index());
     if (how_.strategy != Strategy::kPerStep) {
       const int64_t hidden = sizes_.hidden;
       p.w_hh =

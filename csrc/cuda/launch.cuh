@@ -45,6 +45,7 @@ inline Grid grid_of(int64_t rows, int64_t units) {
 
 inline void check_launch(cudaError_t error) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or whoever asks next would be told of it too
   throw std::runtime_error(std::string("fusedrnn: a CUDA kernel could not be launched: ") +
                            cudaGetErrorString(error));
 }

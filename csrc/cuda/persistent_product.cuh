@@ -21,9 +21,11 @@ namespace fusedrnn {
 // Of the 255 that a thread has: for weights, sums and what is loaded, not counting its items'.
 inline constexpr int kFreeRegisters = 200;
 
-// How long a CTA may wait for the others before the kernel ends with an error: they are resident,
-// so that only a fault, or a debugger, keeps them.
+// How long a CTA may wait for the others before the kernel ends with an error: once they have
+// begun, only a fault, or a debugger, keeps them. Until then it may be somebody else's kernel that
+// holds their multiprocessors.
 inline constexpr uint64_t kPatience = 10'000'000'000;  // nanoseconds
+inline constexpr uint64_t kPatienceAtFirst = 60 * kPatience;
 
 // Which units and rows are a CTA's and a thread's. CTAs of a side are numbered by the units first,
 // by the rows next. A thread has kItems rows of one unit.
@@ -67,6 +69,7 @@ template <class E, Precision kPrecision, int kGates, int kBlocks, int kUnits, in
           int kRows, int kOwn>
 class PersistentProduct {
   using Share = PersistentShare<kUnits, kRows>;
+  static constexpr bool kExact = std::is_same_v<E, float> && kPrecision == Precision::kExact;
   static constexpr int kWarps = kPersistentThreads / kWarp;
   static constexpr int kHalf = 8;
   static constexpr int kTiles = kUnits * kGates / (2 * kHalf);
@@ -164,13 +167,13 @@ class PersistentProduct {
         if (group + 1 < kGroups || kLaid > 0) {
           get(v[(group + 1) % 2], from, turn, (group + 1) * kGroup);
         }
-        wait_for(v[group % 2], from, turn, group * kGroup);
+        wait_for(v[group % 2], i, from, turn, group * kGroup);
         FUSEDRNN_UNROLL
         for (int s = group * kGroup; s < (group + 1) * kGroup && s < kHeld; ++s) {
           if (has(s)) multiply(c, v[group % 2][s - group * kGroup], held(s));
         }
       }
-      if constexpr (kLaid > 0) add_laid(c, v[kGroups % 2], from, turn);
+      if constexpr (kLaid > 0) add_laid(c, v[kGroups % 2], i, from, turn);
       leave(c, buffer, turn);
     }
   }
@@ -250,7 +253,8 @@ class PersistentProduct {
       }
     }
   }
-  FUSEDRNN_D void wait_for(Loads& v, const uint32_t* from, int turn, int first) const {
+  // What all have published of step 0 shows that all have begun.
+  FUSEDRNN_D void wait_for(Loads& v, int64_t i, const uint32_t* from, int turn, int first) const {
     uint64_t since = 0;
     const bool all = await(
         reinterpret_cast<Words(&)[kGroup * kAtOnce]>(v),
@@ -258,7 +262,7 @@ class PersistentProduct {
         [&] {
           const uint64_t now = block_.nanoseconds();
           if (since == 0) since = now;
-          return now - since > kPatience;
+          return now - since > (i == 0 ? kPatienceAtFirst : kPatience);
         },
         [&](bool mine) { return block_.any_lane(mine); });
     if (!all) block_.give_up();
@@ -269,11 +273,11 @@ class PersistentProduct {
   }
 
   // The depths whose weights lie in shared memory, of which `v` holds the first group.
-  FUSEDRNN_D void add_laid(float (&c)[kTiles][kAtOnce][4], Loads& v, const uint32_t* from,
-                           int turn) const {
+  FUSEDRNN_D void add_laid(float (&c)[kTiles][kAtOnce][4], Loads& v, int64_t i,
+                           const uint32_t* from, int turn) const {
     FUSEDRNN_ONE_BY_ONE
     for (int first = kGroups * kGroup; has(first) && first < kDepths; first += kGroup) {
-      wait_for(v, from, turn, first);
+      wait_for(v, i, from, turn, first);
       FUSEDRNN_UNROLL
       for (int s = 0; s < kGroup; ++s) {
         if (!has(first + s) || first + s >= kDepths) continue;
@@ -291,19 +295,27 @@ class PersistentProduct {
     for (int t = 0; t < kTiles; ++t) {
       const Words low = weights(t, 0), high = weights(t, 1);
       FUSEDRNN_UNROLL
-      for (int call = 0; call < 2; ++call) {
-        const uint32_t a[4] = {low.word[2 * call], high.word[2 * call], low.word[2 * call + 1],
-                               high.word[2 * call + 1]};
+      for (int n = 0; n < kAtOnce; ++n) {
+        // Tensor cores cut off what their sum cannot hold, all to one side, where an addition
+        // rounds: exact sums are theirs over few k, and added up elsewhere.
+        float some[4] = {};
+        float (&sum)[4] = kExact ? some : c[t][n];
         FUSEDRNN_UNROLL
-        for (int n = 0; n < kAtOnce; ++n) {
-          multiply_add(c[t][n], a, v[n].word[2 * call], v[n].word[2 * call + 1]);
+        for (int call = 0; call < 2; ++call) {
+          const uint32_t a[4] = {low.word[2 * call], high.word[2 * call], low.word[2 * call + 1],
+                                 high.word[2 * call + 1]};
+          multiply_add(sum, a, v[n].word[2 * call], v[n].word[2 * call + 1]);
+        }
+        if constexpr (kExact) {
+          FUSEDRNN_UNROLL
+          for (int k = 0; k < 4; ++k) c[t][n][k] += some[k];
         }
       }
     }
   }
   FUSEDRNN_D void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                uint32_t b1) const {
-    if constexpr (std::is_same_v<E, float> && kPrecision == Precision::kExact) {
+    if constexpr (kExact) {
       uint32_t head[4], tail[4];
       FUSEDRNN_UNROLL
       for (int i = 0; i < 4; ++i) {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedrnn._checks import check_lengths
+
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
@@ -41,14 +43,8 @@ def check_features(name: str, features: Tensor, size: int) -> None:
         )
 
 
-def check_lengths(name: str, lengths: Tensor, batch: int, steps: int) -> None:
-    """int64 (batch,) in 0..steps; the values are read on the CPU only."""
-    if lengths.dtype != torch.int64:
-        raise TypeError(f"{name}: expected dtype int64, got {lengths.dtype}")
-    if lengths.shape != (batch,):
-        raise ValueError(f"{name}: expected shape ({batch},), got {tuple(lengths.shape)}")
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in lengths.aminmax())
-        if low < 0 or high > steps:
-            wrong = low if low < 0 else high
-            raise ValueError(f"{name}: expected values in 0..{steps}, got {wrong}")
+def valid_steps(lengths: Tensor, batch: int, steps: int, device: torch.device) -> Tensor:
+    """Of lengths int64 (batch,) in 0..steps, which are checked: (batch, steps) bool on `device`,
+    true within each row's length."""
+    check_lengths(lengths, steps, batch, device)
+    return torch.arange(steps, device=device) < lengths.to(device)[:, None]

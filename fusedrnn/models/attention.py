@@ -1,4 +1,4 @@
-"""Where a decoder looks: scores of queries against a memory, and the mean that they weigh."""
+"""Attention: scores of a query against a memory, and the weighted mean of the memory's states."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fusedrnn.models._checks import check_choice, check_features, check_lengths, check_positive
+from fusedrnn.models._checks import check_choice, check_features, check_positive, valid_steps
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,16 @@ class Attention(nn.Module):
       before the step, which is the decoder's part).
 
     Args:
+        kind: one of the four.
         query_size, memory_size: features of q and of m; equal for ``"dot"``.
         size: features of the tanh layer, query_size if None.
         scale: what scores are multiplied by. Those of dot and general are sums over query_size;
             a softmax of large ones picks one place before it has learnt which, and then learns no
             more: ``query_size ** -0.5`` (Vaswani et al. 2017) keeps them small at first.
+
+    Raises:
+        ValueError: for an unknown kind, sizes below 1 or that differ with ``"dot"``, a scale that
+            is no positive number.
     """
 
     KINDS = ("dot", "general", "concat", "bahdanau")
@@ -79,20 +84,33 @@ class Attention(nn.Module):
 
         Args:
             lengths: int64 (B,), valid states of each row; what lies beyond gets no weight.
+
+        Raises:
+            TypeError, ValueError: for states or lengths that do not fit.
         """
         check_features("values", values, self.memory_size)
         mask = None
         if lengths is not None:
-            check_lengths("lengths", lengths, values.shape[0], values.shape[1])
-            steps = torch.arange(values.shape[1], device=values.device)
-            mask = steps < lengths.to(values.device)[:, None]
+            mask = valid_steps(lengths, values.shape[0], values.shape[1], values.device)
             values = values.masked_fill(~mask[..., None], 0.0)  # zero times NaN is NaN
         keys = values if self.key_layer is None else self.key_layer(values)
         return Memory(values, keys, mask)
 
     def forward(self, query: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Queries (B, T, Q) to contexts (B, T, E) and weights (B, T, S), which sum to 1 over the
-        valid states; a row without any has weights and contexts of zero."""
+        valid states; a row without any has weights and contexts of zero.
+
+        Raises:
+            ValueError: for queries that do not fit the memory.
+        """
+        if query.dim() != 3 or query.shape[2] != self.query_size:
+            raise ValueError(
+                f"query: expected (B, T, {self.query_size}), got shape {tuple(query.shape)}"
+            )
+        if query.shape[0] != memory.values.shape[0]:
+            raise ValueError(
+                f"memory: expected the query's {query.shape[0]} rows, got {memory.values.shape[0]}"
+            )
         if self.score_layer is None:
             scores = query @ memory.keys.transpose(1, 2)
         else:

@@ -106,7 +106,12 @@ class AttentionDecoder(nn.Module):
     def step(
         self, tokens: Tensor, state: DecoderState, memory: Memory | None = None
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
-        """One step: tokens (B,) to logits (B, V), the next state, weights (B, S) or None."""
+        """One step: tokens (B,) to logits (B, V), the next state, weights (B, S) or None.
+
+        Raises:
+            ValueError: for an absent memory, or one without attention.
+        """
+        self._check_memory(memory)
         logits, state, weights = self._run(self.embedding(tokens)[:, None], state, memory)
         return logits[:, 0], state, None if weights is None else weights[:, 0]
 
@@ -136,8 +141,7 @@ class AttentionDecoder(nn.Module):
             TypeError, ValueError: for tokens that do not fit or an absent memory.
         """
         check_tokens("tokens", tokens, self.num_embeddings)
-        if (memory is None) != (self.attention is None):
-            raise ValueError("memory: expected with attention, and only then")
+        self._check_memory(memory)
         if not 0.0 <= sampling_probability <= 1.0:
             raise ValueError(
                 f"sampling_probability: expected a probability, got {sampling_probability!r}"
@@ -162,6 +166,10 @@ class AttentionDecoder(nn.Module):
             all_weights.append(weights)
         weights = None if memory is None else torch.stack(all_weights, 1)
         return torch.stack(all_logits, 1), state, weights
+
+    def _check_memory(self, memory: Memory | None) -> None:
+        if (memory is None) != (self.attention is None):
+            raise ValueError("memory: expected with attention, and only then")
 
     def _run(
         self, x: Tensor, state: DecoderState, memory: Memory | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fusedrnn.models._checks import check_features, check_lengths, check_positive, check_tokens
+from fusedrnn.models._checks import check_features, check_positive, check_tokens, valid_steps
 from fusedrnn.models.stack import RecurrentStack, State
 
 
@@ -85,9 +85,10 @@ class Encoder(nn.Module):
         """
         if self.embedding is None:
             check_features("input", input, self.stack.input_size)
-        else:
-            check_tokens("input", input, self.embedding.num_embeddings)
-        if lengths is not None:
-            check_lengths("lengths", lengths, input.shape[0], input.shape[1])
-        x = input if self.embedding is None else self.embedding(input)
-        return self.stack(x, hx, lengths=lengths, reset=reset)
+            return self.stack(input, hx, lengths=lengths, reset=reset)
+        if lengths is not None and input.dim() == 2:
+            # Padding may be any number: an index that every vocabulary has takes its place.
+            valid = valid_steps(lengths, input.shape[0], input.shape[1], input.device)
+            input = input.masked_fill(~valid, 0)
+        check_tokens("input", input, self.embedding.num_embeddings)
+        return self.stack(self.embedding(input), hx, lengths=lengths, reset=reset)

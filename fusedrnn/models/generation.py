@@ -17,8 +17,8 @@ from fusedrnn.models.decoder import AttentionDecoder, DecoderState
 class Generated:
     """What was generated for B rows, T steps at most; beam_search has an axis of beams after B."""
 
-    tokens: Tensor  # (B, T), the end token from the first one on
-    lengths: Tensor  # (B,) tokens before the end token
+    tokens: Tensor  # int64 (B, T), the end token from the first one on
+    lengths: Tensor  # int64 (B,) tokens before the end token
     scores: Tensor  # (B,) sum of the tokens' log-probabilities, the end token's included
     attention: Tensor | None  # (B, T, S)
 
@@ -39,7 +39,8 @@ def greedy(
         start, end: the tokens that open and close a sequence.
 
     Raises:
-        ValueError: for tokens outside the vocabulary or a max_length below 1.
+        ValueError: for tokens outside the vocabulary, a max_length below 1, a memory without
+            attention or none with it.
     """
     return _one_by_one(
         decoder, state, memory, start, end, max_length, lambda logits: logits.argmax(-1)
@@ -67,7 +68,11 @@ def sample(
         top_p: only the likeliest tokens whose probabilities sum to at least this much (Holtzman et
             al. 2020), after temperature and top_k.
 
-    Scores are of the decoder's own distribution, whatever was cut.
+    Returns:
+        As :func:`greedy`. Scores are of the decoder's own distribution, whatever was cut.
+
+    Raises:
+        ValueError: as :func:`greedy`, and for a temperature, top_k or top_p out of range.
     """
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
@@ -90,8 +95,11 @@ def sample(
 def restricted(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Logits (B, V), minus infinity where top_k or top_p leave a token out."""
     if top_k is not None:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        # By place: of equally likely ones, no more than so many.
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter(
+            1, logits.topk(top_k).indices, True
+        )
+        logits = logits.masked_fill(~kept, -torch.inf)
     if top_p is not None:
         ordered, order = logits.sort(-1, descending=True)
         shares = ordered.softmax(-1)

@@ -1,6 +1,7 @@
 """Initial values that matter to recurrent networks; each works in place and returns the module.
 
-They reach every RNN, LSTM, GRU and cell inside a module, fusedrnn's and torch.nn's.
+They reach every RNN, LSTM, GRU and cell inside a module, fusedrnn's and torch.nn's, and raise
+ValueError where there is none or a parametrization computes what they would set.
 """
 
 from __future__ import annotations
@@ -33,8 +34,17 @@ def _recurrent(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _named(module: nn.Module, kind: str) -> Iterator[Tensor]:
-    for name, parameter in module.named_parameters(recurse=False):
-        if name.startswith(kind):
+    """The module's own parameters of a kind, ``weight_hh`` or ``bias``, of all its layers."""
+    cell = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    for name in module._flat_weights_names if isinstance(module, nn.RNNBase) else cell:
+        if not name.startswith(kind):
+            continue
+        if name not in module._parameters:
+            raise ValueError(
+                f"module: expected a plain parameter {name}, it is computed from others"
+            )
+        parameter = module._parameters[name]
+        if parameter is not None:
             yield parameter
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn.models._checks import check_choice, check_lengths, check_tokens
+from fusedrnn.models._checks import check_choice, check_tokens, valid_steps
 
 
 def sequence_cross_entropy(
@@ -39,9 +39,7 @@ def sequence_cross_entropy(
             f"{tuple(targets.shape)}"
         )
     if lengths is not None:
-        check_lengths("lengths", lengths, *targets.shape)
-        steps = torch.arange(targets.shape[1], device=targets.device)
-        valid = steps < lengths.to(targets.device)[:, None]
+        valid = valid_steps(lengths, *targets.shape, targets.device)
         logits, targets = logits[valid], targets[valid]
     else:
         logits, targets = logits.flatten(0, 1), targets.flatten()
@@ -50,4 +48,6 @@ def sequence_cross_entropy(
             raise ValueError("lengths: expected a valid step to take the mean over, got none")
         return logits.sum()
     check_tokens("targets", targets, logits.shape[-1], rank=1)
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: expected int64 indices, got {targets.dtype}")
     return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction=reduction)

@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 def detached(state: Any) -> Any:
-    """The state without its past: a tensor, None, or tuples of them."""
-    if isinstance(state, tuple):
-        return tuple(detached(part) for part in state)
+    """The state without its past: a tensor, None, or tuples and lists of them."""
+    if isinstance(state, (tuple, list)):
+        return type(state)(detached(part) for part in state)
     return None if state is None else state.detach()
 
 
 def truncated_bptt(
     module: Callable[..., tuple[Any, Any]],
-    chunks: Iterable[Tensor | tuple[Any, ...]],
+    chunks: Iterable[Tensor | PackedSequence | tuple[Any, ...]],
     hx: Any = None,
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Run a module over an endless stream, chunk by chunk: the state is carried on, gradients are
@@ -26,7 +27,8 @@ def truncated_bptt(
     Args:
         module: called as ``module(input, hx)``, gives an output and the state after it: a fusedrnn
             or torch.nn layer, an :class:`Encoder`'s stack, a model of your own.
-        chunks: inputs, or tuples whose first member is the input.
+        chunks: inputs (tensors or PackedSequences of the same rows), or tuples whose first member
+            is the input.
         hx: the state before the first chunk; None for zeros.
 
     Yields:
@@ -34,6 +36,7 @@ def truncated_bptt(
         next chunk starts from. Call backward before asking for the next.
     """
     for chunk in chunks:
-        output, hx = module(chunk if isinstance(chunk, Tensor) else chunk[0], hx)
+        whole = isinstance(chunk, (Tensor, PackedSequence))
+        output, hx = module(chunk if whole else chunk[0], hx)
         hx = detached(hx)
         yield chunk, output, hx

@@ -12,6 +12,7 @@
 #include <boost/context/fiber.hpp>
 #include <boost/context/fixedsize_stack.hpp>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -29,6 +30,12 @@
 #include "cuda/storage.h"
 
 namespace fusedrnn {
+
+// The nearest float that is no larger in size.
+inline float toward_zero(double value) {
+  const float nearest = static_cast<float>(value);
+  return std::abs(double{nearest}) > std::abs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+}
 
 enum class Turns { kAscending, kDescending, kRandom };
 inline Turns turns = Turns::kAscending;
@@ -147,7 +154,7 @@ class EmulatedBlock {
   }
 
   // As the PTX ISA spreads a, b and c over lanes: a register has kPerWord values, `value` widens
-  // one of them.
+  // one of them. The sum is cut off, not rounded, as tensor cores do it (Fasi et al. 2021).
   template <int kPerWord, class Value>
   void multiply_add(int thread, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                     const Value& value) {
@@ -159,12 +166,14 @@ class EmulatedBlock {
     const int group = thread % kWarp / 4, quad = thread % 4;
     for (int i = 0; i < 4; ++i) {
       const int row_half = i / 2, column = 2 * quad + i % 2;
+      double sum = c[i];
       for (int k = 0; k < 8 * kPerWord; ++k) {
         const int k_half = k / (4 * kPerWord), holder = k / kPerWord % 4, which = k % kPerWord;
         const float left = value(seen(thread, 4 * group + holder).a[2 * k_half + row_half], which);
         const float right = value(seen(thread, 4 * column + holder).b[k_half], which);
-        c[i] += left * right;
+        sum += static_cast<double>(left) * right;
       }
+      c[i] = toward_zero(sum);
     }
   }
 

@@ -433,7 +433,7 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   if (!rooms.untouched()) fail("scratch overrun", c, 0);
 }
 
-// Plans that hang on the distance of threads share units alone, and the farther these are, the
+// Plans that depend on the distance of threads share units alone, and the farther these are, the
 // fewer they use.
 void check_plans() {
   int hang = 0;
@@ -452,7 +452,7 @@ void check_plans() {
                                  4,
                                  4,
                                  products};
-                const bool hangs = hangs_on_distance(work, threads);
+                const bool hangs = depends_on_distance(work, threads);
                 hang += hangs;
                 int parts = kMaxThreads;
                 for (Distance d : {Distance::kNear, Distance::kUnknown, Distance::kFar}) {
@@ -477,7 +477,7 @@ void check_plans() {
   }
   if (hang == 0) {
     ++failures;
-    std::printf("no plan hangs on the distance of threads\n");
+    std::printf("no plan depends on the distance of threads\n");
   }
 }
 

@@ -1,5 +1,5 @@
-// Forward products of one chunk with weights by hidden unit, and the projection of its inputs: what
-// asks for a cell's number of gates alone.
+// Packing and forward products of one chunk, the projection of its inputs among them: what is the
+// same for all cells of as many gates.
 #pragma once
 
 #include "cpu/across_inl.h"
@@ -8,17 +8,17 @@
 FUSEDRNN_ISA_BEGIN
 
 template <int kGates, class S, class F>
-class ChunkProjection {
+class ForwardProducts {
  public:
   using Word = typename F::Word;
 
-  ChunkProjection(Cell cell, const ForwardArgs<S, Word>& args,
+  ForwardProducts(Cell cell, const ForwardArgs<S, Word>& args,
                   const ForwardDirection<S, Word>& direction, const Slot& slot)
       : sizes_(args.sizes),
         schedule_(args.schedule),
         d_(direction),
         slot_(slot),
-        n_apart_(cell == Cell::kGru),
+        n_apart_(keeps_n_apart(cell)),
         gates_(d_.gates + (slot.group * slot.parts + slot.part) * d_.gates_apart),
         zeros_(args.zeros),
         words_(args.words + slot.thread * args.words_stride),
@@ -194,7 +194,6 @@ class ChunkProjection {
   const Schedule& schedule_;
   const ForwardDirection<S, Word>& d_;
   const Slot& slot_;
-  // The GRU scales the half of n that comes from h, bias included: the two halves stay apart.
   const bool n_apart_;
   S* const gates_;
   const S* const zeros_;
