@@ -10,7 +10,7 @@ namespace fusedrnn {
 
 Recurrence persistent_recurrence(const Layer& layer,
                                  const std::function<int64_t(const PersistentForm&)>& resident) {
-  const bool half = layer.dtype != at::kFloat;
+  const int size = layer.dtype == at::kFloat ? 4 : 2;  // of a value, in bytes
   const int64_t units = persistent_units(layer.sizes.hidden);
   const int64_t batch = std::max<int64_t>(layer.batch, 1);
   const Precision precision = recurrence_uses_tf32(layer) ? Precision::kTf32 : Precision::kExact;
@@ -22,8 +22,7 @@ Recurrence persistent_recurrence(const Layer& layer,
   for (int sides = 1; sides <= layer.directions; ++sides) {
     for (const auto& is : kPersistentForms) {
       const int64_t bytes = int64_t{is.depths} * (kPersistentThreads / kWarp) * kDepthBytes;
-      const bool fits = units * (half ? 2 : 4) <= bytes;
-      if (is.half > half || !fits) continue;
+      if (!is.of(size, precision) || units * size > bytes) continue;
       const PersistentForm form = {is.units, is.depths, is.rows, precision};
       const int64_t groups = resident(form) / (units / form.units * sides);
       if (groups == 0) continue;

@@ -12,16 +12,16 @@
 namespace fusedrnn {
 
 // f<units, depths, rows>(), for a form of kPersistentForms.
-template <class E, int kIndex = 0, class F>
+template <class E, Precision kPrecision, int kIndex = 0, class F>
 auto with_form(const PersistentForm& form, const F& f) {
   constexpr auto is = kPersistentForms[kIndex];
-  if constexpr (!is.half || sizeof(E) == 2) {
+  if constexpr (is.of(sizeof(E), kPrecision)) {
     if (form.units == is.units && form.depths == is.depths && form.rows == is.rows) {
       return f.template operator()<is.units, is.depths, is.rows>();
     }
   }
   if constexpr (kIndex + 1 < std::size(kPersistentForms)) {
-    return with_form<E, kIndex + 1>(form, f);
+    return with_form<E, kPrecision, kIndex + 1>(form, f);
   } else {
     throw std::logic_error("no form");
   }
@@ -31,7 +31,7 @@ auto with_form(const PersistentForm& form, const F& f) {
 template <template <Cell, class, Precision, int, int, int> class Body, class E, class F>
 auto with_persistent_body(Cell cell, const PersistentForm& form, const F& f) {
   const auto of_precision = [&]<Cell kCell, Precision kPrecision>() {
-    return with_form<E>(form, [&]<int kUnits, int kDepths, int kRows>() {
+    return with_form<E, kPrecision>(form, [&]<int kUnits, int kDepths, int kRows>() {
       return f.template operator()<Body<kCell, E, kPrecision, kUnits, kDepths, kRows>>();
     });
   };

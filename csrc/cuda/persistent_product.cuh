@@ -24,8 +24,7 @@ inline constexpr int kFreeRegisters = 200;
 // How long a CTA may wait for the others before the kernel ends with an error: once they have
 // begun, only a fault, or a debugger, keeps them. Until then it may be somebody else's kernel that
 // holds their multiprocessors.
-inline constexpr uint64_t kPatience = 10'000'000'000;  // nanoseconds
-inline constexpr uint64_t kPatienceAtFirst = 60 * kPatience;
+inline constexpr uint32_t kPatience = 10, kPatienceAtFirst = 600;  // of 2^30 nanoseconds
 
 // Which units and rows are a CTA's and a thread's. CTAs of a side are numbered by the units first,
 // by the rows next. A thread has kItems rows of one unit.
@@ -79,7 +78,7 @@ class PersistentProduct {
   // Rows of the batch: eight a tile, two tiles at once where the registers hold their sums, in
   // turns.
   static constexpr int kAtOnce =
-      kRows == 8 || kTiles > 6 || (kTiles > 2 && kTiles * kDepths > 31) ? 1 : 2;
+      kRows == 8 || kTiles > (kExact ? 2 : 6) || (kTiles > 2 && kTiles * kDepths > 31) ? 1 : 2;
   static constexpr int kTurns = kRows / (8 * kAtOnce);
   static_assert(kUnits % (2 * kHalf) == 0 && kRows % (8 * kAtOnce) == 0);
   // A unit's sums, 16 bytes where there is more than one; rows lie so that the lanes of a store
@@ -93,8 +92,8 @@ class PersistentProduct {
   static constexpr int kLaid = kDepths - kHeld;
   // Loads of v are waited for in groups, while those of the next are under way: as many as the
   // registers leave room for after the weights, the sums and all else.
-  static constexpr int kFree =
-      kFreeRegisters - 8 * kTiles * kHeld - 4 * kTiles * kAtOnce - kOwn * Share::kItems;
+  static constexpr int kFree = kFreeRegisters - (kExact ? 40 : 0) - 8 * kTiles * kHeld -
+                               4 * kTiles * kAtOnce - kOwn * Share::kItems;
   static constexpr int kRoom = kFree / (4 * kAtOnce);
   static constexpr int kGroup = kRoom >= kHeld && kLaid == 0 ? kHeld
                                 : kRoom < 4                  ? 1
@@ -262,7 +261,8 @@ class PersistentProduct {
         [&] {
           const uint64_t now = block_.nanoseconds();
           if (since == 0) since = now;
-          return now - since > (i == 0 ? kPatienceAtFirst : kPatience);
+          const auto waited = static_cast<uint32_t>((now - since) >> 30);
+          return waited > (i == 0 ? kPatienceAtFirst : kPatience);
         },
         [&](bool mine) { return block_.any_lane(mine); });
     if (!all) block_.give_up();
@@ -295,20 +295,12 @@ class PersistentProduct {
     for (int t = 0; t < kTiles; ++t) {
       const Words low = weights(t, 0), high = weights(t, 1);
       FUSEDRNN_UNROLL
-      for (int n = 0; n < kAtOnce; ++n) {
-        // Tensor cores cut off what their sum cannot hold, all to one side, where an addition
-        // rounds: exact sums are theirs over few k, and added up elsewhere.
-        float some[4] = {};
-        float (&sum)[4] = kExact ? some : c[t][n];
+      for (int call = 0; call < 2; ++call) {
+        const uint32_t a[4] = {low.word[2 * call], high.word[2 * call], low.word[2 * call + 1],
+                               high.word[2 * call + 1]};
         FUSEDRNN_UNROLL
-        for (int call = 0; call < 2; ++call) {
-          const uint32_t a[4] = {low.word[2 * call], high.word[2 * call], low.word[2 * call + 1],
-                                 high.word[2 * call + 1]};
-          multiply_add(sum, a, v[n].word[2 * call], v[n].word[2 * call + 1]);
-        }
-        if constexpr (kExact) {
-          FUSEDRNN_UNROLL
-          for (int k = 0; k < 4; ++k) c[t][n][k] += some[k];
+        for (int n = 0; n < kAtOnce; ++n) {
+          multiply_add(c[t][n], a, v[n].word[2 * call], v[n].word[2 * call + 1]);
         }
       }
     }
@@ -324,9 +316,14 @@ class PersistentProduct {
         tail[i] = tf32_tail(block_.unknown(a[i]));
       }
       const uint32_t h0 = tf32_head(b0), h1 = tf32_head(b1);
-      block_.multiply_add(E{}, c, tail, h0, h1);
-      block_.multiply_add(E{}, c, head, tf32_tail(b0), tf32_tail(b1));
-      block_.multiply_add(E{}, c, head, h0, h1);
+      // Tensor cores cut off what their sum cannot hold, always towards zero, where an addition
+      // rounds: one sum of all k would show that.
+      float sum[4] = {};
+      block_.multiply_add(E{}, sum, tail, h0, h1);
+      block_.multiply_add(E{}, sum, head, tf32_tail(b0), tf32_tail(b1));
+      block_.multiply_add(E{}, sum, head, h0, h1);
+      FUSEDRNN_UNROLL
+      for (int i = 0; i < 4; ++i) c[i] += sum[i];
     } else {
       block_.multiply_add(E{}, c, a, b0, b1);
     }

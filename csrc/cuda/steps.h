@@ -266,13 +266,17 @@ struct PersistentForm {
 };
 
 // The forms that there are. Sums of more rows would not fit shared memory, and weights of more
-// units not a CTA.
-inline constexpr struct {
+// units not a CTA; exact sums of float32 take more registers. The last is there for all.
+inline constexpr struct ThereIs {
   int units, depths, rows;
-  bool half;  // there for half precision only
-} kPersistentForms[] = {{32, 2, 8, true},   {32, 2, 16, true},  {16, 4, 8, false},
-                        {16, 4, 16, false}, {16, 4, 32, false}, {16, 8, 8, false},
-                        {16, 8, 16, false}};
+  bool of_float, of_exact_float;
+  constexpr bool of(size_t bytes, Precision precision) const {
+    return bytes == 2 || (precision == Precision::kExact ? of_exact_float : of_float);
+  }
+} kPersistentForms[] = {{32, 2, 8, false, false}, {32, 2, 16, false, false},
+                        {16, 4, 8, true, true},   {16, 4, 16, true, true},
+                        {16, 4, 32, true, true},  {16, 8, 16, true, false},
+                        {16, 8, 8, true, true}};
 
 // What the CTAs of a persistent kernel have beside the part.
 struct Exchange {

@@ -95,9 +95,9 @@ FUSEDRNN_HD float float_of(uint32_t bits) {
 #endif
 }
 
-// The bits of a float that tensor cores take of it, and of what is left: 11 of 24 bits, and more
-// than the next 11. The two add up to the float.
-FUSEDRNN_HD uint32_t tf32_head(uint32_t bits) { return bits & 0xFFFFE000u; }
+// A float rounded to the 11 of its 24 bits that tensor cores take, and what is left, of either
+// sign, of which they take 11 of 12. The two add up to the float. A NaN stays one in what is left.
+FUSEDRNN_HD uint32_t tf32_head(uint32_t bits) { return (bits + 0x1000u) & 0xFFFFE000u; }
 FUSEDRNN_HD uint32_t tf32_tail(uint32_t bits) {
   return bits_of(float_of(bits) - float_of(tf32_head(bits)));
 }
