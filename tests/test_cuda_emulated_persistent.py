@@ -187,7 +187,9 @@ def test_tf32_is_rounded_to(
     given["h0"] = rounded_to_tf32(given["h0"])
     given["params"][1] = rounded_to_tf32(given["params"][1])
     switches("ieee", "ieee")
-    assert oracle.same_bits(ops.layer_forward(**given, save=False)[0], found)
+    # Another order of sums; what the rounding to TF32 changes is a hundred times as large.
+    exact = ops.layer_forward(**given, save=False)[0]
+    torch.testing.assert_close(exact, found, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["persistent"], indirect=True)

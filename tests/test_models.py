@@ -195,9 +195,7 @@ def test_teacher_forcing_is_step_by_step(
     ("attention", "input_feeding", "calls"),
     [(None, False, 1), ("general", False, 1), ("general", True, 6), ("bahdanau", False, 6)],
 )
-def test_calls_of_the_kernel(
-    attention: str | None, input_feeding: bool, calls: int, monkeypatch
-) -> None:
+def test_calls_of_the_kernel(attention: str | None, input_feeding: bool, calls: int) -> None:
     model = seq2seq(attention, input_feeding=input_feeding)
     state, memory = model.encode(torch.randint(9, (3, 5)))
     seen = []

@@ -1,7 +1,5 @@
 // The backward op on a device.
-#include <algorithm>
 #include <type_traits>
-#include <utility>
 
 #include "cuda/driver.h"
 #include "cuda/sum.h"

@@ -1,5 +1,4 @@
 // The forward op on a device.
-#include <algorithm>
 #include <type_traits>
 
 #include "cuda/driver.h"

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "cuda/backward.cuh"
 #include "cuda/forward.cuh"

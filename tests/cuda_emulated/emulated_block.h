@@ -284,8 +284,9 @@ class Block {
     });
   }
   void multiply_add(float, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const {
+    // What of a float is beyond TF32's bits is not looked at.
     block_.multiply_add<1>(thread_, c, a, b0, b1,
-                           [](uint32_t word, int) { return float_of(tf32_head(word)); });
+                           [](uint32_t word, int) { return float_of(word & 0xFFFFE000u); });
   }
 
  private:
