@@ -64,7 +64,12 @@ FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const W
         return F::template left<part>(broadcast(a[r][at]));
       };
       const auto right_at = [&](int v) __attribute__((always_inline)) {
-        return F::template right<part>(load(b + v / Strip * strip_size + v % Strip * lanes));
+        const auto word = load(b + v / Strip * strip_size + v % Strip * lanes);
+        if constexpr (R > 1 && std::is_same_v<F, Exact<typename F::Sum>>) {
+          return F::template right<part>(kept(word));
+        } else {
+          return F::template right<part>(word);
+        }
       };
       // The fewer operands stay in registers while the others pass by.
       if constexpr (R < Width) {

@@ -139,6 +139,19 @@ FUSEDRNN_HD void fetch_row(const S* from, int64_t n) {
   for (int64_t i = 0; i < std::min(n, most); i += line) fetch_to_read(from + i);
 }
 
+// A loaded vector, in a register: g++ 12 may load it again for each use instead.
+template <class V>
+FUSEDRNN_HD V kept(V v) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 64) {
+    asm("" : "+v"(v));
+  } else {
+    asm("" : "+x"(v));
+  }
+#endif
+  return v;
+}
+
 template <class S>
 FUSEDRNN_HD Vec<S> broadcast(S s) {
   return s - Vec<S>{};  // folds to one broadcast from memory; s + 0 would not, for s = -0
