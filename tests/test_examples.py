@@ -68,7 +68,8 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
         command, env=env, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 1
-    assert "this program needs the package babel: pip install" in done.stderr
+    expected = "needs the package babel, which `make example-translate_dates` installs"
+    assert expected in done.stderr
 
 
 def test_classify(tmp_path: Path) -> None:
