@@ -92,6 +92,7 @@ class PersistentProduct {
   static constexpr int kLaid = kDepths - kHeld;
   // Loads of v are waited for in groups, while those of the next are under way: as many as the
   // registers leave room for after the weights, the sums and all else.
+  // Exact sums are several at a time, beside those that they are added to.
   static constexpr int kFree = kFreeRegisters - (kExact ? 40 : 0) - 8 * kTiles * kHeld -
                                4 * kTiles * kAtOnce - kOwn * Share::kItems;
   static constexpr int kRoom = kFree / (4 * kAtOnce);
