@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fusedrnn {
 
@@ -118,6 +119,10 @@ struct WordOf<uint16_t> {
 template <class E>
 using Word = typename WordOf<E>::Word;
 
+// What the kernels keep for backward where products read words W.
+template <class S, class W>
+using Saved = std::conditional_t<std::is_same_v<S, W>, S, uint16_t>;
+
 // One direction's parameters, row-major as torch.nn keeps them, G = gate_blocks.
 template <class S, class W = S>
 struct Weights {
@@ -185,6 +190,20 @@ struct ForwardDirection {
   const uint8_t* reset;  // (N): the state entering the step is zero; or null
 };
 
+// Where one row's step reads and writes, found once for all its tiles. What is kept for backward
+// has type E.
+template <class S, class E>
+struct ForwardRow {
+  const S* gates;   // (G, Hp): W_ih x + biases
+  E* saved;         // (saved_blocks, Hp): in the place of gates where it has their type; or null
+  S* cells;         // (Hp), or null; LSTM
+  const S* c_prev;  // (Hp), LSTM; zeros after a reset
+  S* c;             // (Hp), LSTM
+  const S* h_prev;  // (Pp); zeros after a reset
+  S* h;             // (Pp)
+  int64_t y;        // offset of its P values in y or y_half
+};
+
 template <class S, class W = S>
 struct ForwardArgs {
   Sizes sizes;
@@ -198,6 +217,8 @@ struct ForwardArgs {
   int64_t across_stride;
   S* factors;  // scratch: per thread, the factors of those rows
   int64_t factors_stride;
+  ForwardRow<S, Saved<S, W>>* rows;  // scratch: per thread, (B), one step's: those of its group
+  int64_t rows_stride;
   int64_t* group_rows;  // scratch: per thread, which of a chunk's rows are its group's; null where
   int64_t group_rows_stride;  // no team has groups
   ForwardDirection<S, W> direction[2];
@@ -236,6 +257,21 @@ struct BackwardDirection {
   const uint8_t* reset;
 };
 
+// Where one row's step backward reads and writes, found once for all its tiles.
+template <class S, class E>
+struct BackwardRow {
+  E* dgates;              // (saved_blocks, Hp)
+  const E* dgates_after;  // (saved_blocks, Hp): of the step walked before; zeros where none reach
+                          // this one
+  const E* gates;         // (saved_blocks, Hp); LSTM, GRU
+  const E* h;             // (Pp); GRU: h_prev, RNN: h
+  const S *c_prev, *c;    // (Hp), LSTM
+  const S* carried;       // (Hp): carry, or zeros where a reset follows; LSTM, GRU
+  S* carry;               // (Hp); LSTM, GRU
+  const E* dy;            // (P); zeros where there is none
+  E* h_tilde;             // (Hp), or null; LSTM
+};
+
 template <class S, class E = S>
 struct BackwardArgs {
   Sizes sizes;
@@ -244,6 +280,8 @@ struct BackwardArgs {
   const S* zeros;      // (Sizes::zero_count)
   S* dx;               // (io rows, I); or null: not wanted
   bool add_dx;         // dx holds zeros, or the other direction's share; else it is written
+  BackwardRow<S, E>* rows;  // scratch: per thread, (B), one step's: those of its group
+  int64_t rows_stride;
   const E** previous;  // scratch: where the states that entered a chunk's steps lie
   Word<E>* panels[2];  // scratch: x and those states as panels, k counting words of rows
   Word<E>* columns;    // scratch: per thread, (words of chunk rows, kGradientRows)

@@ -132,6 +132,8 @@ class BackwardRun {
     const int threads = most_threads(work_, schedule_, bounds_);
     scratch_.want(&zeros_, layer_.sizes.zero_count());
     const int64_t row_words = words_of<E>(most_rows_);
+    args_.rows_stride = layer_.batch;
+    scratch_.want(&args_.rows, threads * args_.rows_stride);
     scratch_.want(&args_.previous, most_rows_);
     scratch_.want(&args_.panels[0], row_words * whole_panels(sizes.input));
     scratch_.want(&args_.panels[1], row_words * whole_panels(std::max(sizes.output, sizes.hidden)));

@@ -14,7 +14,7 @@ class BackwardChunk : public StateGradients<S, E> {
  public:
   BackwardChunk(const BackwardArgs<S, E>& args, const BackwardDirection<S, E>& direction,
                 const Slot& slot)
-      : Base(kCell, args, direction, slot) {}
+      : Base(kCell, args, direction, slot), rows_(args.rows + slot.thread * args.rows_stride) {}
 
   void walk() const {
     const Chunk& chunk = d_.chunk;
@@ -28,8 +28,8 @@ class BackwardChunk : public StateGradients<S, E> {
   }
 
  private:
-  using Base::dgates, Base::each, Base::finish, Base::outer_gradient, Base::output_gradients,
-      Base::zeros;
+  using Base::dgates, Base::dgates_after, Base::dy_of, Base::each, Base::final_gradient, Base::finish,
+      Base::output_gradients, Base::zeros;
   using Base::kSideRows, Base::kWidth;
   using Base::sizes_, Base::schedule_, Base::d_, Base::slot_, Base::zeros_, Base::hidden_,
       Base::output_, Base::own_output_panels_, Base::own_hidden_panels_, Base::own_rows_,
@@ -37,18 +37,52 @@ class BackwardChunk : public StateGradients<S, E> {
   using typename Base::F;
   static constexpr int kGradientBlocks = gradient_blocks(kCell).count;
 
+  using Row = BackwardRow<S, E>;
+
+  // u: the step walked before t.
+  Row row_of(int64_t t, int64_t u, int64_t b) const {
+    const int64_t packed_row = schedule_.row0[t] + b;
+    const bool starting = b >= rows_at(schedule_, u);
+    Row row{};
+    row.dgates = dgates(packed_row);
+    row.dgates_after = dgates_after(u, b, starting);
+    row.dy = dy_of(packed_row);
+    if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
+      row.h = d_.y + io_row(schedule_, packed_row) * d_.y_stride;
+    } else {
+      const int64_t before = previous_row(schedule_, d_.reverse, t, b);
+      const bool cut = is_reset(d_.reset, schedule_, t, b);
+      row.gates = d_.gates + (packed_row - first_row_) * d_.gates_stride;
+      row.carry = d_.carry + state_row(schedule_, b) * hidden_;
+      row.carried = !starting && is_reset(d_.reset, schedule_, u, b) ? zeros_ : row.carry;
+      if constexpr (kCell == Cell::kLstm) {
+        row.c = d_.cells + packed_row * d_.cells_stride;
+        row.c_prev = cut           ? zeros_
+                     : before >= 0 ? d_.cells + before * d_.cells_stride
+                                   : d_.c0 + b * hidden_;
+        if (d_.h_tilde != nullptr) row.h_tilde = d_.h_tilde + (packed_row - first_row_) * hidden_;
+      } else {
+        row.h = cut           ? zeros()
+                : before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride
+                              : d_.h0 + b * output_;
+      }
+    }
+    return row;
+  }
+
   void step(int64_t t) const {
     const int64_t u = d_.reverse ? t - 1 : t + 1;
     const int64_t rows = schedule_.rows[t], rows_before = rows_at(schedule_, u);
     const Range mine = {own_rows_.begin, std::min(own_rows_.end, rows)};
     const Range going_on = {mine.begin, std::min(mine.end, rows_before)};
     const Range starting = {std::max(mine.begin, rows_before), mine.end};
+    for (int64_t b = mine.begin; b < mine.end; ++b) rows_[b] = row_of(t, u, b);
     if (kCell == Cell::kLstm && sizes_.projected) {
       // dh passes through W_hr before it meets the cell.
       output_gradients(t, u, going_on, false);
       output_gradients(t, u, starting, true);
       slot_.wait_parts();
-      cell_gradients_of_projection(t, u, mine);
+      cell_gradients_of_projection(t, mine);
     } else {
       cell_gradients(t, u, going_on, false);
       cell_gradients(t, u, starting, true);
@@ -62,13 +96,16 @@ class BackwardChunk : public StateGradients<S, E> {
     const int64_t next = d_.reverse ? t + 1 : t - 1;
     // Not before a barrier, which it would hold up.
     const int64_t rows_next = slot_.parts == 1 ? rows_in_chunk(schedule_, d_.chunk, next) : 0;
-    const auto fetch_row = [&](int64_t b, int64_t at)
-                               __attribute__((always_inline)) { fetch(t, b, at); };
-    const auto fetch_next_step = [&](int64_t b, int64_t at) __attribute__((always_inline)) {
-      if (b < rows_next) fetch(next, b, at);
+    const auto fetch_row = [&](int64_t b, int64_t panel)
+                               __attribute__((always_inline)) { fetch(rows_[b], panel); };
+    const auto fetch_next_step = [&](int64_t b, int64_t panel) __attribute__((always_inline)) {
+      if (b < rows_next) fetch(row_of(next, t, b), panel);
+    };
+    const auto left = [&](int64_t b) __attribute__((always_inline)) {
+      return as_words<E>(rows_[b].dgates_after);
     };
     this->template dh_product<kTileRows<F, kStepVectors>>(
-        u, rows, starting,
+        u, rows, starting, left,
         [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
             __attribute__((always_inline)) {
 #pragma GCC unroll 1
@@ -77,53 +114,20 @@ class BackwardChunk : public StateGradients<S, E> {
                   with_next_tile(rows, own_output_panels_, b0 + R + r, panel, fetch_row,
                                  fetch_next_step);
                 }
+                const Row& row = rows_[b0 + r];
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; ++v) {
                   const int64_t unit = panel * kWidth + v * kLanes<S>;
                   if (unit >= hidden_) break;
-                  const Vec<S> dh = tile.sum[r][v] + outer_gradient(t, b0 + r, unit, starting);
-                  cell_gradient(t, u, b0 + r, unit, dh);
+                  Vec<S> dh = tile.sum[r][v] + read(row.dy + unit, sizes_.output - unit);
+                  if (starting) dh += final_gradient(b0 + r, unit);
+                  cell_gradient(row, unit, dh);
                 }
               }
             });
   }
 
-  // Where the cell's gradient at step t of sorted row b reads and writes.
-  struct Row {
-    E* dgates;
-    const E* gates;       // LSTM, GRU
-    const S *c_prev, *c;  // LSTM
-    const E* h;           // GRU: h_prev; RNN: h
-    S* carry;             // LSTM, GRU
-  };
-
-  FUSEDRNN_HD Row row_of(int64_t t, int64_t b) const {
-    const int64_t packed_row = schedule_.row0[t] + b;
-    Row row{};
-    row.dgates = dgates(packed_row);
-    if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
-      row.h = d_.y + io_row(schedule_, packed_row) * d_.y_stride;
-    } else {
-      const int64_t before = previous_row(schedule_, d_.reverse, t, b);
-      const bool cut = is_reset(d_.reset, schedule_, t, b);
-      row.gates = d_.gates + (packed_row - first_row_) * d_.gates_stride;
-      row.carry = d_.carry + state_row(schedule_, b) * hidden_;
-      if constexpr (kCell == Cell::kLstm) {
-        row.c = d_.cells + packed_row * d_.cells_stride;
-        row.c_prev = cut           ? zeros_
-                     : before >= 0 ? d_.cells + before * d_.cells_stride
-                                   : d_.c0 + b * hidden_;
-      } else {
-        row.h = cut           ? zeros()
-                : before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride
-                              : d_.h0 + b * output_;
-      }
-    }
-    return row;
-  }
-
-  FUSEDRNN_HD void cell_gradient(int64_t t, int64_t u, int64_t b, int64_t unit, Vec<S> dh) const {
-    const Row row = row_of(t, b);
+  FUSEDRNN_HD void cell_gradient(const Row& row, int64_t unit, Vec<S> dh) const {
     // The padding's sums are zero times what the rows hold: NaN of an infinite x, which W_hh's
     // zeros would carry to every unit.
     const auto put = [&](int block, Vec<S> value) __attribute__((always_inline)) {
@@ -136,8 +140,7 @@ class BackwardChunk : public StateGradients<S, E> {
       const E* g = row.gates + unit;
       const Vec<S> g0 = read(g), g1 = read(g + hidden_), g2 = read(g + 2 * hidden_),
                    g3 = read(g + 3 * hidden_);
-      const bool cut_after = b < rows_at(schedule_, u) && is_reset(d_.reset, schedule_, u, b);
-      const Vec<S> carried = cut_after ? Vec<S>{} : load(row.carry + unit);
+      const Vec<S> carried = load(row.carried + unit);
       if constexpr (kCell == Cell::kLstm) {
         const LstmGradient<Vec<S>> s =
             lstm_backward(LstmGates<Vec<S>>{g0, g1, g2, g3}, load(row.c_prev + unit),
@@ -147,9 +150,7 @@ class BackwardChunk : public StateGradients<S, E> {
         put(2, s.dgates.g);
         put(3, s.dgates.o);
         store(row.carry + unit, s.dc_prev);
-        if (d_.h_tilde != nullptr) {
-          write(d_.h_tilde + (schedule_.row0[t] + b - first_row_) * hidden_ + unit, s.h_tilde);
-        }
+        if (row.h_tilde != nullptr) write(row.h_tilde + unit, s.h_tilde);
       } else {
         const GruGradient<Vec<S>> s =
             gru_backward(g0, g1, g2, g3, read(row.h + unit, sizes_.hidden - unit), dh + carried);
@@ -162,8 +163,7 @@ class BackwardChunk : public StateGradients<S, E> {
     }
   }
 
-  FUSEDRNN_HD void fetch(int64_t t, int64_t b, int64_t panel) const {
-    const Row row = row_of(t, b);
+  FUSEDRNN_HD void fetch(const Row& row, int64_t panel) const {
     for (int v = 0; v < kStepVectors; ++v) {
       const int64_t unit = panel * kWidth + v * kLanes<S>;
       for (int block = 0; block < kGradientBlocks; ++block) {
@@ -177,14 +177,11 @@ class BackwardChunk : public StateGradients<S, E> {
         fetch_to_read(row.h + unit);
       }
       if (row.carry != nullptr) fetch_to_write(row.carry + unit);
-      if (d_.dy != nullptr) {
-        fetch_to_read(d_.dy + io_row(schedule_, schedule_.row0[t] + b) * d_.dy_stride + unit);
-      }
+      if (d_.dy != nullptr) fetch_to_read(row.dy + unit);
     }
   }
 
-  __attribute__((noinline)) void cell_gradients_of_projection(int64_t t, int64_t u,
-                                                              Range rows) const {
+  __attribute__((noinline)) void cell_gradients_of_projection(int64_t t, Range rows) const {
     const int64_t row0 = schedule_.row0[t] - first_row_;
     const auto row_at = [&](int64_t b) { return as_words<E>(d_.dh + (row0 + b) * output_); };
     const int64_t k = words_of<F>(sizes_.output);
@@ -193,9 +190,11 @@ class BackwardChunk : public StateGradients<S, E> {
         [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
           each(tile, b0, panel, hidden_,
                [&](int64_t b, int64_t unit, Vec<S> sum)
-                   __attribute__((always_inline)) { cell_gradient(t, u, b, unit, sum); });
+                   __attribute__((always_inline)) { cell_gradient(rows_[b], unit, sum); });
         });
   }
+
+  Row* const rows_;  // of the step
 };
 
 FUSEDRNN_ISA_END

@@ -16,13 +16,7 @@ struct CellForward {
   int64_t stride;  // from gate to gate
   bool save;
   const S* bias_hn;  // GRU
-  struct Row {
-    const S* gates;  // W_ih x + biases
-    E* saved;        // what backward needs, in the place of gates where it has their type
-    S* cells;        // or null
-    const S* state;  // LSTM: c_prev; GRU: h_prev
-    S* c;            // LSTM
-  };
+  using Row = ForwardRow<S, E>;
   // Between the halves: what the second one still has to activate, and the gate that scales it.
   struct Half {
     V inner, gate;
@@ -33,7 +27,7 @@ struct CellForward {
     if constexpr (kCell == Cell::kLstm) {
       const LstmGates<V> a = {sum[0] + load(g), sum[1] + load(g + stride),
                               sum[2] + load(g + 2 * stride), sum[3] + load(g + 3 * stride)};
-      const LstmState<V> s = lstm_state(a, load(row.state + at));
+      const LstmState<V> s = lstm_state(a, load(row.c_prev + at));
       store(row.c + at, s.c);
       if (save) {
         store_blocks(row.saved + at, s.gates.i, s.gates.f, s.gates.g, s.gates.o);
@@ -56,7 +50,7 @@ struct CellForward {
     if constexpr (kCell == Cell::kLstm) {
       return lstm_output(half.gate, half.inner);
     } else if constexpr (kCell == Cell::kGru) {
-      const GruState<V> s = gru_state(half.inner, half.gate, load(row.state + at));
+      const GruState<V> s = gru_state(half.inner, half.gate, load(row.h_prev + at));
       if (save) write(row.saved + at + 2 * stride, s.n);
       return s.h;
     } else {

@@ -109,6 +109,8 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
                          words_of<E>(std::max(sizes.input + sizes.output, sizes.hidden));
     scratch.want(&args.across, threads * args.across_stride);
   }
+  args.rows_stride = layer.batch;
+  scratch.want(&args.rows, threads * args.rows_stride);
   if (threads > 1) {
     args.group_rows_stride = padded(most_rows);
     scratch.want(&args.group_rows, threads * args.group_rows_stride);

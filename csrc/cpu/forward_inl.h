@@ -16,7 +16,9 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
 
   ForwardChunk(const ForwardArgs<S, Word>& args, const ForwardDirection<S, Word>& direction,
                const Slot& slot)
-      : Base(kCell, args, direction, slot), save_(args.save) {}
+      : Base(kCell, args, direction, slot),
+        save_(args.save),
+        rows_(args.rows + slot.thread * args.rows_stride) {}
 
   void walk() {
     turn_ = d_.turn;
@@ -34,71 +36,70 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
       Base::across_, Base::hidden_, Base::output_, Base::own_panels_, Base::own_output_panels_,
       Base::joins_input_, Base::own_rows_, Base::first_row_;
   using typename Base::OutputPanel, typename Base::Panel;
-  using Saved = std::conditional_t<kExact, S, uint16_t>;
+  using CellStep = CellForward<kCell, S, Saved<S, Word>>;
+  using Row = typename CellStep::Row;
+
+  Row row_of(int64_t t, int64_t b) const {
+    const int64_t packed_row = schedule_.row0[t] + b, chunk_row = packed_row - first_row_;
+    const int64_t state = state_row(schedule_, b);
+    const bool cut = is_reset(d_.reset, schedule_, t, b);
+    Row row{};
+    S* gates = gates_ + chunk_row * d_.gates_stride;
+    row.gates = joins_input_ ? d_.packed.bias : gates;
+    if constexpr (kExact) {
+      row.saved = gates;
+    } else if (save_) {
+      row.saved = d_.saved_half + chunk_row * d_.saved_stride;
+    }
+    if constexpr (kCell == Cell::kLstm) {
+      row.c = d_.c + state * hidden_;
+      row.c_prev = cut ? zeros_ : row.c;
+      if (save_) row.cells = d_.cells + packed_row * d_.cells_stride;
+    }
+    row.h_prev = cut ? zeros_ : d_.h[turn_] + state * output_;
+    row.h = d_.h[turn_ ^ 1] + state * output_;
+    row.y = io_row(schedule_, packed_row) * d_.y_stride;
+    return row;
+  }
 
   void step(int64_t t) {
-    const int64_t rows = schedule_.rows[t], row0 = schedule_.row0[t];
-    const Range mine = {own_rows_.begin, std::min(own_rows_.end, rows)};
-    const S* h_read = d_.h[turn_];
-    S* h_write = d_.h[turn_ ^ 1];
-    const auto is_cut = [&](int64_t b) { return is_reset(d_.reset, schedule_, t, b); };
-    const auto h_prev = [&](int64_t b) {
-      return is_cut(b) ? zeros_ : h_read + state_row(schedule_, b) * output_;
-    };
+    const Range mine = {own_rows_.begin, std::min(own_rows_.end, schedule_.rows[t])};
+    for (int64_t b = mine.begin; b < mine.end; ++b) rows_[b] = row_of(t, b);
+    const Row* const at_row = rows_;
+    const auto h_prev = [&](int64_t b) __attribute__((always_inline)) { return at_row[b].h_prev; };
     const auto put_output = [&](int64_t b, int64_t unit, Vec<S> h) __attribute__((always_inline)) {
-      store(h_write + state_row(schedule_, b) * output_ + unit, h);
-      const int64_t at = io_row(schedule_, row0 + b) * d_.y_stride + unit;
+      const Row& row = at_row[b];
+      store(row.h + unit, h);
       if constexpr (std::is_same_v<F, Bf16>) {
-        if (d_.y_half != nullptr) return F::store_half(d_.y_half + at, h, sizes_.output - unit);
+        if (d_.y_half != nullptr) {
+          return F::store_half(d_.y_half + row.y + unit, h, sizes_.output - unit);
+        }
       }
-      store(d_.y + at, h, sizes_.output - unit);
+      store(d_.y + row.y + unit, h, sizes_.output - unit);
     };
 
     // In a single step nobody has written any before.
-    if (slot_.parts > 1 && schedule_.steps > 1) fetch_states(h_read, h_write, mine);
+    if (slot_.parts > 1 && schedule_.steps > 1) fetch_states(mine);
 
-    using CellStep = CellForward<kCell, S, Saved>;
     const CellStep cell = {hidden_, save_, d_.packed.bias_hn};
-    const auto row_of = [&](int64_t b) __attribute__((always_inline)) {
-      typename CellStep::Row row{};
-      const int64_t chunk_row = row0 - first_row_ + b;
-      S* gates = gates_ + chunk_row * d_.gates_stride;
-      row.gates = joins_input_ ? d_.packed.bias : gates;
-      if constexpr (kExact) {
-        row.saved = gates;
-      } else if (save_) {
-        row.saved = d_.saved_half + chunk_row * d_.saved_stride;
-      }
-      if constexpr (kCell == Cell::kLstm) {
-        row.c = d_.c + state_row(schedule_, b) * hidden_;
-        row.state = is_cut(b) ? zeros_ : row.c;
-        if (save_) row.cells = d_.cells + (row0 + b) * d_.cells_stride;
-      } else if constexpr (kCell == Cell::kGru) {
-        row.state = h_prev(b);
-      }
-      return row;
-    };
-    const auto fetch_of = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
-      const int64_t unit = panel * Panel::blocks * kLanes<S>, chunk_row = row - first_row_;
+    const auto fetch_of = [&](const Row& row, int64_t unit) __attribute__((always_inline)) {
       for (int g = 0; g < kGates; ++g) {
-        fetch_to_write(gates_ + chunk_row * d_.gates_stride + g * hidden_ + unit);
-        if (!kExact && save_) {
-          fetch_to_write(d_.saved_half + chunk_row * d_.saved_stride + g * hidden_ + unit);
-        }
+        if (!kExact) fetch_to_read(row.gates + g * hidden_ + unit);
+        if (kExact || save_) fetch_to_write(row.saved + g * hidden_ + unit);
       }
-      if (kCell == Cell::kLstm && save_) fetch_to_write(d_.cells + row * d_.cells_stride + unit);
-      const int64_t at = io_row(schedule_, row) * d_.y_stride + unit;
+      if (kCell == Cell::kLstm && save_) fetch_to_write(row.cells + unit);
       if (d_.y_half != nullptr) {
-        fetch_to_write(d_.y_half + at);
+        fetch_to_write(d_.y_half + row.y + unit);
       } else {
-        fetch_to_write(d_.y + at);
+        fetch_to_write(d_.y + row.y + unit);
       }
     };
     const auto fetch = [&](int64_t b, int64_t panel) __attribute__((always_inline)) {
       const int64_t unit = panel * Panel::blocks * kLanes<S>;
-      fetch_of(row0 + b, panel);
-      if (kCell == Cell::kLstm) fetch_to_write(d_.c + state_row(schedule_, b) * hidden_ + unit);
-      fetch_to_write(h_write + state_row(schedule_, b) * output_ + unit);
+      const Row& row = at_row[b];
+      fetch_of(row, unit);
+      if (kCell == Cell::kLstm) fetch_to_write(row.c + unit);
+      fetch_to_write(row.h + unit);
     };
     // The states are near: every step has them. Not before a barrier, which it would hold up; of
     // the other cells it made no step quicker.
@@ -106,7 +107,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
     const bool ahead = kCell == Cell::kLstm && slot_.parts == 1;
     const int64_t rows_next = ahead ? rows_in_chunk(schedule_, d_.chunk, next) : 0;
     const auto fetch_next_step = [&](int64_t b, int64_t panel) __attribute__((always_inline)) {
-      if (b < rows_next) fetch_of(schedule_.row0[next] + b, panel);
+      if (b < rows_next) fetch_of(row_of(next, b), panel * Panel::blocks * kLanes<S>);
     };
     const auto apply = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0,
                                           int64_t panel) __attribute__((always_inline)) {
@@ -136,13 +137,12 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
         if (R > 2 && block == 0) {
           with_next_tile(mine, own_panels_, b0 + R + r, panel, fetch, fetch_next_step);
         }
-        half[r][block] = typename CellStep::Half{};
-        if (!exists) return;
-        half[r][block] = cell.begin(tile.sum[r] + block * kGates, row_of(b0 + r), unit);
+        half[r][block] = exists ? cell.begin(tile.sum[r] + block * kGates, at_row[b0 + r], unit)
+                                : typename CellStep::Half{};
       });
       each_row([&](int r, int block, int64_t unit, bool exists) __attribute__((always_inline)) {
         if (!exists) return;
-        const Vec<S> h = cell.finish(half[r][block], row_of(b0 + r), unit);
+        const Vec<S> h = cell.finish(half[r][block], at_row[b0 + r], unit);
         if (kCell == Cell::kLstm && sizes_.projected) {
           store(d_.h_tilde + state_row(schedule_, b0 + r) * hidden_ + unit, h);
         } else {
@@ -152,7 +152,9 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
     };
     if constexpr (kExact && kCell != Cell::kGru) {
       if (joins_input_) {
-        const auto x = [&](int64_t b) { return d_.x + io_row(schedule_, row0 + b) * sizes_.input; };
+        const auto x = [&](int64_t b) {
+          return d_.x + io_row(schedule_, schedule_.row0[t] + b) * sizes_.input;
+        };
         product_unpacked<kGates, F>(
             mine, own_panels_, sizes_.hidden, across_, apply,
             Term<S, decltype(x)>{x, d_.weights.w_ih, sizes_.input},
@@ -171,7 +173,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
         project_output(mine, put_output);
       }
     }
-    keep_final(t, mine, h_write);
+    keep_final(t, mine);
     slot_.wait_parts();
   }
 
@@ -204,7 +206,9 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
 
   // Parts write their units of h and read all others': those arrive side by side so, and the lines
   // to be written have become this core's own by the time they are.
-  void fetch_states(const S* h_read, S* h_write, Range rows) const {
+  void fetch_states(Range rows) const {
+    const S* h_read = d_.h[turn_];
+    S* h_write = d_.h[turn_ ^ 1];
     constexpr int64_t line = 64 / sizeof(S);
     const Range units = own_units(output_);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
@@ -215,17 +219,18 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
   }
 
   // Copies this thread's units of the rows for which t was the last step walked to h_n.
-  void keep_final(int64_t t, Range mine, const S* h) const {
+  void keep_final(int64_t t, Range mine) const {
     const int64_t going_on = d_.reverse ? (t == 0 ? 0 : mine.end) : rows_at(schedule_, t + 1);
     const Range units = own_units(sizes_.output);
     for (int64_t b = std::max(mine.begin, going_on); b < mine.end; ++b) {
-      const S* from = h + state_row(schedule_, b) * output_;
+      const S* from = d_.h[turn_ ^ 1] + state_row(schedule_, b) * output_;
       std::copy(from + units.begin, from + units.end,
                 d_.h_n + caller_row(schedule_, b) * sizes_.output + units.begin);
     }
   }
 
   const bool save_;
+  Row* const rows_;  // of the step
   int turn_ = 0;
 };
 

@@ -70,27 +70,29 @@ class StateGradients {
     return d_.dgates_next + b * d_.dgates_stride;
   }
 
-  // Tiles of the dgates of step u times W_hh: zero where the state that entered u had been reset,
-  // and for `starting` rows, whose last step it was: nothing comes from later steps.
-  template <int MostRows, class Epilogue>
-  FUSEDRNN_HD void dh_product(int64_t u, Range rows, bool starting, Epilogue epilogue) const {
+  // The same, as they reach the step before u: not past a reset, nor for `starting` rows, whose last
+  // step that is.
+  const E* dgates_after(int64_t u, int64_t b, bool starting) const {
+    return starting || is_reset(d_.reset, schedule_, u, b) ? zeros() : dgates_of(u, b);
+  }
+
+  // dy of a packed row, or zeros.
+  const E* dy_of(int64_t packed_row) const {
+    return d_.dy == nullptr ? zeros() : d_.dy + io_row(schedule_, packed_row) * d_.dy_stride;
+  }
+
+  // Tiles of left_at(b), the dgates that come from step u, times W_hh.
+  template <int MostRows, class LeftAt, class Epilogue>
+  FUSEDRNN_HD void dh_product(int64_t u, Range rows, bool starting, LeftAt left_at,
+                              Epilogue epilogue) const {
     const int64_t k = recurrent_words();
-    const auto row_at = [&](int64_t b) {
-      const bool none = starting || is_reset(d_.reset, schedule_, u, b);
-      return as_words<E>(none ? zeros() : dgates_of(u, b));
-    };
-    product<F, kStepVectors, MostRows>(rows, own_output_panels_, row_at, 1, d_.packed.recurrent,
+    product<F, kStepVectors, MostRows>(rows, own_output_panels_, left_at, 1, d_.packed.recurrent,
                                        k * kWidth, starting ? 0 : k, epilogue, u % 2 != 0);
   }
 
-  FUSEDRNN_HD Vec<S> outer_gradient(int64_t t, int64_t b, int64_t unit, bool starting) const {
-    Vec<S> dh{};
-    if (d_.dy != nullptr) {
-      const int64_t row = io_row(schedule_, schedule_.row0[t] + b);
-      dh = read(d_.dy + row * d_.dy_stride + unit, sizes_.output - unit);
-    }
-    if (starting && d_.dh_n != nullptr) dh += load(d_.dh_n + b * output_ + unit);
-    return dh;
+  // The gradient of h_n, of rows whose last step it was.
+  FUSEDRNN_HD Vec<S> final_gradient(int64_t b, int64_t unit) const {
+    return d_.dh_n == nullptr ? Vec<S>{} : load(d_.dh_n + b * output_ + unit);
   }
 
   // f(b, unit, sum) for every vector of the tile that lies within `limit` units.
@@ -111,11 +113,13 @@ class StateGradients {
     const int64_t row0 = schedule_.row0[t] - first_row_;
     dh_product<kSideRows>(
         u, rows, starting,
+        [&](int64_t b) { return as_words<E>(dgates_after(u, b, starting)); },
         [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
           each(tile, b0, panel, output_,
-               [&](int64_t b, int64_t unit, Vec<S> sum) __attribute__((always_inline)) {
-                 write(d_.dh + (row0 + b) * output_ + unit,
-                       sum + outer_gradient(t, b, unit, starting));
+               [&](int64_t b, int64_t unit, Vec<S> dh) __attribute__((always_inline)) {
+                 dh += read(dy_of(schedule_.row0[t] + b) + unit, sizes_.output - unit);
+                 if (starting) dh += final_gradient(b, unit);
+                 write(d_.dh + (row0 + b) * output_ + unit, dh);
                });
         });
   }
@@ -145,11 +149,11 @@ class StateGradients {
       const int64_t panels = panel_count<S>(sizes_.output, kChunkVectors);
       product_by_column<S>(
           rows, share(panels, slot_.part, slot_.parts),
-          [&](int64_t b) { return is_cut(b) ? zeros() : dgates_of(u, b); }, weight, put);
+          [&](int64_t b) { return dgates_after(u, b, false); }, weight, put);
       return;
     }
     dh_product<kTileRows<F, kStepVectors>>(  // of a single step, a fifth of the work
-        u, rows, false,
+        u, rows, false, [&](int64_t b) { return as_words<E>(dgates_after(u, b, false)); },
         [&](const auto& tile, int64_t b0, int64_t panel)
             __attribute__((always_inline)) { each(tile, b0, panel, sizes_.output, put); });
   }

@@ -258,6 +258,8 @@ class Layer final : public FrozenLayer {
     if (threads <= threads_) return;
     const int64_t most_rows = most_steps_ * batch_;
     Scratch& scratch = of_threads_.emplace();
+    args_.rows_stride = batch_;
+    scratch.want(&args_.rows, threads * args_.rows_stride);
     if (threads > 1) {
       args_.group_rows_stride = padded(most_rows);
       scratch.want(&args_.group_rows, threads * args_.group_rows_stride);

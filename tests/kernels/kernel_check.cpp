@@ -327,6 +327,9 @@ void check(const Case& c, const Problem& p, const Expected& want) {
     forward.across_stride = whole(pairs) * std::max(c.input + P, H);
     forward.across = rooms.take(c.plan.threads() * forward.across_stride);
   }
+  std::vector<ForwardRow<S, S>> rows(c.plan.threads() * c.batch);
+  forward.rows = rows.data();
+  forward.rows_stride = c.batch;
   std::vector<int64_t> group_rows(c.plan.threads() * pairs);
   forward.group_rows = group_rows.data();
   forward.group_rows_stride = pairs;
@@ -375,6 +378,9 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   backward.zeros = zeros.data();
   backward.dx = dx.data();
   backward.add_dx = add_dx;
+  std::vector<BackwardRow<S, S>> rows_back(c.plan.threads() * c.batch);
+  backward.rows = rows_back.data();
+  backward.rows_stride = c.batch;
   backward.previous = previous.data();
   backward.panels[0] = rooms.take(pairs * whole(c.input));
   backward.panels[1] = rooms.take(pairs * whole(std::max(P, H)));
