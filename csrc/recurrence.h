@@ -148,7 +148,8 @@ struct ColumnScale {
 template <class S, class W = S>
 struct PackedWeights {
   W* input;       // forward: W_ih by hidden unit; backward: W_ih by input column
-  W* recurrent;   // forward: W_hh by hidden unit; backward: W_hh by output column
+  W* recurrent;   // forward: W_hh by hidden unit, behind W_ih where the input is joined to the
+                  // state; backward: W_hh by output column
   W* projection;  // forward: W_hr by output column; backward: by hidden unit
   S* bias;        // forward: (G, Hp), b_ih + b_hh where they may be added up
   S* bias_hn;     // forward, GRU: (Hp), b_hn
@@ -174,15 +175,16 @@ struct ForwardDirection {
   int64_t y_stride;
   const uint16_t* x_half;  // bfloat16, in place of x; or null
   uint16_t* y_half;        // the same in place of y
-  S* gates;  // packed rows of the chunk, (., gates_stride): projected gates, then what is saved
+  S* gates;  // packed rows of the chunk, (., gates_stride): projected gates, then what is saved;
+             // null where neither is
   int64_t gates_stride;  // >= saved_blocks * Hp
   int64_t gates_apart;   // values between two threads' gates; 0: all in one place, as saved
   uint16_t* saved_half;  // bfloat16: where it is saved instead, (., saved_stride); or null
   int64_t saved_stride;
   S* cells;  // packed rows of the whole sequence, (., cells_stride), or null; LSTM
   int64_t cells_stride;
-  S* h[2];     // (state rows, Pp): the state, read from and written to in turns; both hold h0 at
-               // first
+  S* h[2];     // (state rows, joined + Pp): the state, read from and written to in turns; both hold
+               // h0 at first
   int turn;    // which of the two the chunk's first step reads
   S* c;        // (state rows, Hp): the LSTM's cell state, in place; holds c0 at first
   S* h_tilde;  // (state rows, Hp): o tanh(c) before a projection
@@ -194,7 +196,7 @@ struct ForwardDirection {
 // has type E.
 template <class S, class E>
 struct ForwardRow {
-  const S* gates;   // (G, Hp): W_ih x + biases
+  const S* gates;   // (G, Hp): W_ih x + biases, or biases alone
   E* saved;         // (saved_blocks, Hp): in the place of gates where it has their type; or null
   S* cells;         // (Hp), or null; LSTM
   const S* c_prev;  // (Hp), LSTM; zeros after a reset
@@ -210,6 +212,8 @@ struct ForwardArgs {
   Schedule schedule;
   int directions;
   bool save;       // keep activated gates (and cells) for backward
+  int64_t joined;  // values in front of each state in h, the last I of them the step's x, so that
+                   // one product takes both; 0: x is projected ahead, a chunk at a time
   const S* zeros;  // (Sizes::zero_count)
   W* words;        // scratch: per thread, rows of x or of a state in words; unused where W is S
   int64_t words_stride;

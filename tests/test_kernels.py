@@ -37,4 +37,4 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kernels_alone(program: Path, isa: str) -> None:
     run = subprocess.run([program, isa], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "2408 cases, 0 failures" in run.stdout
+    assert "4332 cases, 0 failures" in run.stdout

@@ -36,7 +36,11 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   const int64_t saved = layer.saved_width(), stride = row_stride<S>(gates_width);
   const int64_t input_gates = gate_blocks(layer.cell) * whole_panels(hidden);
   const Workload work = workload_of(layer, storage.view, save ? 3 : 1);
-  const std::vector<int64_t> bounds = chunk_bounds(storage.view, work);
+  const bool packs = worth_packing(work);
+  const bool joins = packs && joins_input(work, current_isa().vector_bytes);
+  // No gates that should stay in the cache until a step reads them: nothing to cut the walk for.
+  const std::vector<int64_t> bounds =
+      joins && !save ? std::vector<int64_t>{0, storage.view.steps} : chunk_bounds(storage.view, work);
   const int64_t most_rows = chunk_rows(storage.view, bounds);
   const int threads = most_threads(work, storage.view, bounds);
   const std::vector<int64_t> apart =
@@ -54,6 +58,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   args.schedule = schedule;
   args.directions = layer.directions;
   args.save = save;
+  args.joined = joins ? padded(sizes.input) : 0;
 
   Scratch scratch;
   S* zeros = nullptr;
@@ -78,20 +83,20 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     dir.saved_stride = layer.directions * saved;
     dir.cells_stride = layer.directions * hidden;
     if (save && has_cell_state(layer.cell)) dir.cells = cells.mutable_data_ptr<S>() + d * hidden;
-    if (worth_packing(work)) {
-      scratch.want(&dir.packed.input, input_gates * words_of<E>(sizes.input));
-      scratch.want(&dir.packed.recurrent, input_gates * words_of<E>(sizes.output));
+    if (packs) {
+      const int64_t inputs = words_of<E>(sizes.input), outputs = words_of<E>(sizes.output);
+      if (!joins) scratch.want(&dir.packed.input, input_gates * inputs);
+      scratch.want(&dir.packed.recurrent, input_gates * (joins ? inputs + outputs : outputs));
       if (sizes.projected) {
         scratch.want(&dir.packed.projection, whole_panels(output) * words_of<E>(sizes.hidden));
       }
     }
     scratch.want(&dir.packed.bias, input_gates);
     scratch.want(&dir.packed.bias_hn, hidden);
-    scratch.want(&dir.h[0], states * output);
-    scratch.want(&dir.h[1], states * output);
+    for (S*& h : dir.h) scratch.want(&h, states * (args.joined + output));
     if (has_cell_state(layer.cell)) scratch.want(&dir.c, states * hidden);
     if (sizes.projected) scratch.want(&dir.h_tilde, states * hidden);
-    if (!(save && direct)) {
+    if (!(save && direct) && (save || !joins)) {
       const bool in_one_place = (save && !narrow) || threads > kMostApart;
       dir.gates_apart = in_one_place ? 0 : most_rows * stride;
       scratch.want(&dir.gates, (in_one_place ? 1 : threads) * most_rows * stride);
@@ -104,14 +109,14 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     scratch.want(&args.factors, threads * args.factors_stride);
     scratch.want(&args.words, threads * args.words_stride);
   }
-  if (!worth_packing(work) && most_rows >= kLeastAcross) {
+  if (!packs && most_rows >= kLeastAcross) {
     args.across_stride = whole_panels(std::min(most_rows, kMostAcross)) *
                          words_of<E>(std::max(sizes.input + sizes.output, sizes.hidden));
     scratch.want(&args.across, threads * args.across_stride);
   }
   args.rows_stride = layer.batch;
   scratch.want(&args.rows, threads * args.rows_stride);
-  if (threads > 1) {
+  if (threads > 1 && !joins) {
     args.group_rows_stride = padded(most_rows);
     scratch.want(&args.group_rows, threads * args.group_rows_stride);
   }
@@ -122,7 +127,8 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     ForwardDirection<S, Word<E>>& dir = args.direction[d];
     const int64_t h_size = layer.batch * sizes.output, c_size = layer.batch * sizes.hidden;
     for (S* h : dir.h) {
-      fill_state(h, h0.data() ? h0.data() + d * h_size : nullptr, sizes.output, schedule);
+      fill_state(h, h0.data() ? h0.data() + d * h_size : nullptr, sizes.output, schedule,
+                 args.joined);
     }
     if (dir.c != nullptr) {
       fill_state(dir.c, c0.data() ? c0.data() + d * c_size : nullptr, sizes.hidden, schedule);

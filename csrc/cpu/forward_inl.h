@@ -23,6 +23,10 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
   void walk() {
     turn_ = d_.turn;
     const Chunk& chunk = d_.chunk;
+    if (joined_ > 0 && chunk.first) {
+      join_input(d_.reverse ? chunk.end - 1 : chunk.begin, d_.h[turn_]);
+      slot_.wait_parts();
+    }
     for (int64_t i = 0; i < chunk.end - chunk.begin; ++i) {
       step(d_.reverse ? chunk.end - 1 - i : chunk.begin + i);
       turn_ ^= 1;
@@ -34,30 +38,31 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
   using Base::left_rows;
   using Base::sizes_, Base::schedule_, Base::d_, Base::slot_, Base::gates_, Base::zeros_,
       Base::across_, Base::hidden_, Base::output_, Base::own_panels_, Base::own_output_panels_,
-      Base::joins_input_, Base::own_rows_, Base::first_row_;
+      Base::joined_, Base::joined_inputs_, Base::state_stride_, Base::two_terms_, Base::projects_,
+      Base::own_rows_, Base::first_row_;
   using typename Base::OutputPanel, typename Base::Panel;
   using CellStep = CellForward<kCell, S, Saved<S, Word>>;
   using Row = typename CellStep::Row;
 
   Row row_of(int64_t t, int64_t b) const {
     const int64_t packed_row = schedule_.row0[t] + b, chunk_row = packed_row - first_row_;
-    const int64_t state = state_row(schedule_, b);
     const bool cut = is_reset(d_.reset, schedule_, t, b);
     Row row{};
-    S* gates = gates_ + chunk_row * d_.gates_stride;
-    row.gates = joins_input_ ? d_.packed.bias : gates;
+    S* gates = gates_ == nullptr ? nullptr : gates_ + chunk_row * d_.gates_stride;
+    row.gates = projects_ ? gates : d_.packed.bias;
     if constexpr (kExact) {
       row.saved = gates;
     } else if (save_) {
       row.saved = d_.saved_half + chunk_row * d_.saved_stride;
     }
     if constexpr (kCell == Cell::kLstm) {
-      row.c = d_.c + state * hidden_;
+      row.c = d_.c + state_row(schedule_, b) * hidden_;
       row.c_prev = cut ? zeros_ : row.c;
       if (save_) row.cells = d_.cells + packed_row * d_.cells_stride;
     }
-    row.h_prev = cut ? zeros_ : d_.h[turn_] + state * output_;
-    row.h = d_.h[turn_ ^ 1] + state * output_;
+    // Beside the step's x stand zeros already.
+    row.h_prev = cut && joined_ == 0 ? zeros_ : state_at(d_.h[turn_], b);
+    row.h = state_at(d_.h[turn_ ^ 1], b);
     row.y = io_row(schedule_, packed_row) * d_.y_stride;
     return row;
   }
@@ -66,7 +71,9 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
     const Range mine = {own_rows_.begin, std::min(own_rows_.end, schedule_.rows[t])};
     for (int64_t b = mine.begin; b < mine.end; ++b) rows_[b] = row_of(t, b);
     const Row* const at_row = rows_;
-    const auto h_prev = [&](int64_t b) __attribute__((always_inline)) { return at_row[b].h_prev; };
+    const int64_t in_front = joined_inputs_;
+    const auto left = [&](int64_t b)
+                          __attribute__((always_inline)) { return at_row[b].h_prev - in_front; };
     const auto put_output = [&](int64_t b, int64_t unit, Vec<S> h) __attribute__((always_inline)) {
       const Row& row = at_row[b];
       store(row.h + unit, h);
@@ -85,7 +92,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
     const auto fetch_of = [&](const Row& row, int64_t unit) __attribute__((always_inline)) {
       for (int g = 0; g < kGates; ++g) {
         if (!kExact) fetch_to_read(row.gates + g * hidden_ + unit);
-        if (kExact || save_) fetch_to_write(row.saved + g * hidden_ + unit);
+        if (row.saved != nullptr) fetch_to_write(row.saved + g * hidden_ + unit);
       }
       if (kCell == Cell::kLstm && save_) fetch_to_write(row.cells + unit);
       if (d_.y_half != nullptr) {
@@ -151,21 +158,21 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
       });
     };
     if constexpr (kExact && kCell != Cell::kGru) {
-      if (joins_input_) {
+      if (two_terms_) {
         const auto x = [&](int64_t b) {
           return d_.x + io_row(schedule_, schedule_.row0[t] + b) * sizes_.input;
         };
         product_unpacked<kGates, F>(
             mine, own_panels_, sizes_.hidden, across_, apply,
             Term<S, decltype(x)>{x, d_.weights.w_ih, sizes_.input},
-            Term<S, decltype(h_prev)>{h_prev, d_.weights.w_hh, sizes_.output});
+            Term<S, decltype(left)>{left, d_.weights.w_hh, sizes_.output});
       }
     }
-    if (!joins_input_) {
+    if (!two_terms_) {
       this->template multiply_units<kGates>(
-          mine, own_panels_, left_rows(mine, sizes_.output, h_prev), d_.packed.recurrent,
-          d_.weights.w_hh, d_.packed.recurrent_scale, sizes_.hidden, sizes_.output, apply,
-          turn_ != 0);
+          mine, own_panels_, left_rows(mine, sizes_.output, left), d_.packed.recurrent,
+          d_.weights.w_hh, d_.packed.recurrent_scale, sizes_.hidden,
+          joined_inputs_ + sizes_.output, apply, turn_ != 0);
     }
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {
@@ -174,6 +181,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
       }
     }
     keep_final(t, mine);
+    if (joined_ > 0) join_input(d_.reverse ? t - 1 : t + 1, d_.h[turn_ ^ 1]);
     slot_.wait_parts();
   }
 
@@ -197,6 +205,26 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
         d_.weights.w_hr, d_.packed.projection_scale, sizes_.output, sizes_.hidden, put);
   }
 
+  S* state_at(S* h, int64_t b) const {
+    return h + state_row(schedule_, b) * state_stride_ + joined_;
+  }
+
+  // Makes the states in h those that step t reads: this thread's columns of x in front of them, and
+  // where t begins a new segment, zeros for its units.
+  __attribute__((noinline)) void join_input(int64_t t, S* h) const {
+    const Range columns = share(sizes_.input, slot_.part, slot_.parts);
+    const Range units = own_units(sizes_.output);
+    const int64_t end = std::min(own_rows_.end, rows_at(schedule_, t));
+    for (int64_t b = own_rows_.begin; b < end; ++b) {
+      S* state = state_at(h, b);
+      const S* x = d_.x + io_row(schedule_, schedule_.row0[t] + b) * sizes_.input;
+      std::copy(x + columns.begin, x + columns.end, state - sizes_.input + columns.begin);
+      if (is_reset(d_.reset, schedule_, t, b)) {
+        std::fill(state + units.begin, state + units.end, S(0));
+      }
+    }
+  }
+
   // This thread's units of h, of `limit` units in all.
   Range own_units(int64_t limit) const {
     const int64_t width = (sizes_.projected ? OutputPanel::blocks : Panel::blocks) * kLanes<S>;
@@ -207,14 +235,13 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
   // Parts write their units of h and read all others': those arrive side by side so, and the lines
   // to be written have become this core's own by the time they are.
   void fetch_states(Range rows) const {
-    const S* h_read = d_.h[turn_];
-    S* h_write = d_.h[turn_ ^ 1];
     constexpr int64_t line = 64 / sizeof(S);
     const Range units = own_units(output_);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
-      const int64_t row = state_row(schedule_, b) * output_;
-      for (int64_t i = 0; i < output_; i += line) fetch_to_read(h_read + row + i);
-      for (int64_t i = units.begin; i < units.end; i += line) fetch_to_write(h_write + row + i);
+      const S* read = state_at(d_.h[turn_], b);
+      S* write = state_at(d_.h[turn_ ^ 1], b);
+      for (int64_t i = -joined_; i < output_; i += line) fetch_to_read(read + i);
+      for (int64_t i = units.begin; i < units.end; i += line) fetch_to_write(write + i);
     }
   }
 
@@ -223,7 +250,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
     const int64_t going_on = d_.reverse ? (t == 0 ? 0 : mine.end) : rows_at(schedule_, t + 1);
     const Range units = own_units(sizes_.output);
     for (int64_t b = std::max(mine.begin, going_on); b < mine.end; ++b) {
-      const S* from = d_.h[turn_ ^ 1] + state_row(schedule_, b) * output_;
+      const S* from = state_at(d_.h[turn_ ^ 1], b);
       std::copy(from + units.begin, from + units.end,
                 d_.h_n + caller_row(schedule_, b) * sizes_.output + units.begin);
     }

@@ -35,7 +35,11 @@ class ForwardProducts {
                                             : own_panels_),
         packs_on_the_way_(d_.packed.input != nullptr && d_.chunk.first && d_.chunk.last &&
                           slot.groups == 1),
-        joins_input_(kExact && !n_apart_ && across_ != nullptr && schedule_.steps == 1),
+        joined_(args.joined),
+        joined_inputs_(joined_ > 0 ? sizes_.input : 0),
+        state_stride_(joined_ + output_),
+        two_terms_(kExact && !n_apart_ && across_ != nullptr && schedule_.steps == 1),
+        projects_(joined_ == 0 && !two_terms_),
         own_rows_(own_rows(schedule_, d_.chunk, slot)),
         first_row_(schedule_.row0[d_.chunk.begin]) {}
 
@@ -47,10 +51,14 @@ class ForwardProducts {
     };
     const auto& w = d_.weights;
     pack_bias<kGates>(d_.packed, w, sizes_, n_apart_, mine(own_panels_));
-    if (d_.packed.input == nullptr) return;
-    if (!packs_on_the_way_) pack_input(d_.packed.input, mine(own_panels_));
-    pack_by_unit<kGates>(d_.packed.recurrent, w.w_hh, sizes_.hidden, words_of<F>(sizes_.output),
-                         mine(own_panels_));
+    if (d_.packed.recurrent == nullptr) return;
+    if (d_.packed.input != nullptr && !packs_on_the_way_) {
+      pack_input(d_.packed.input, mine(own_panels_), words_of<F>(sizes_.input));
+    }
+    const int64_t outputs = words_of<F>(sizes_.output), all = joined_inputs_ + outputs;
+    if (joined_ > 0) pack_input(d_.packed.recurrent, mine(own_panels_), all);
+    pack_by_unit<kGates>(d_.packed.recurrent, w.w_hh, sizes_.hidden, outputs, mine(own_panels_),
+                         joined_inputs_, all);
     if (sizes_.projected) {
       pack_by_unit<1>(d_.packed.projection, w.w_hr, sizes_.output, words_of<F>(sizes_.hidden),
                       mine(own_output_panels_));
@@ -59,7 +67,7 @@ class ForwardProducts {
 
   // A group projects the rows that it walks: no other core reads their gates.
   void project() const {
-    if (joins_input_) return;
+    if (!projects_) return;
     const int64_t rows = group_rows_ == nullptr
                              ? schedule_.row0[d_.chunk.end] - first_row_
                              : find_chunk_rows(schedule_, d_.chunk, own_rows_, group_rows_);
@@ -97,7 +105,7 @@ class ForwardProducts {
         Word* packed = d_.packed.input;
         if (packs_on_the_way_) {
           packed += (own_panels_.end - 1 - i) * panel_words(sizes_.input);
-          pack_input(packed, panels);
+          pack_input(packed, panels, words_of<F>(sizes_.input));
         }
         multiply_units<kGates>(mine, panels, left, packed, d_.weights.w_ih, d_.packed.input_scale,
                                sizes_.hidden, sizes_.input, epilogue);
@@ -125,8 +133,10 @@ class ForwardProducts {
 
   static int64_t panel_words(int64_t k) { return words_of<F>(k) * Panel::vectors * kLanes<S>; }
 
-  void pack_input(Word* packed, Range panels) const {
-    pack_by_unit<kGates>(packed, d_.weights.w_ih, sizes_.hidden, words_of<F>(sizes_.input), panels);
+  // As the first rows of panels of `all` rows.
+  void pack_input(Word* packed, Range panels, int64_t all) const {
+    pack_by_unit<kGates>(packed, d_.weights.w_ih, sizes_.hidden, words_of<F>(sizes_.input), panels,
+                         0, all);
   }
 
   // The index-th of this thread's rows of k values in words.
@@ -207,8 +217,11 @@ class ForwardProducts {
   // Panels of W_ih that this thread reads just once share the last one's place: they never leave
   // its own cache.
   const bool packs_on_the_way_;
-  // A single step of many rows: one sum of both products, no projection before.
-  const bool joins_input_;
+  // A state's row holds the step's x in front of it: one product, no projection before.
+  const int64_t joined_, joined_inputs_, state_stride_;
+  // A single step of many rows: one sum of both products, no projection before either.
+  const bool two_terms_;
+  const bool projects_;
   const Range own_rows_;
   const int64_t first_row_;  // packed, of the chunk
 };

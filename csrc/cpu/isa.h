@@ -32,6 +32,7 @@ struct NarrowTable {
 
 struct Isa {
   const char* name;
+  int vector_bytes;
   bool (*usable)();  // on this machine
   KernelTable<float> f32;
   KernelTable<double> f64;

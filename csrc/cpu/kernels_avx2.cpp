@@ -32,6 +32,7 @@ static bool usable() {
 }
 
 constinit const Isa kAvx2Isa = {"avx2",
+                                FUSEDRNN_VECTOR_BYTES,
                                 usable,
                                 avx2::kernel_table<float>(),
                                 avx2::kernel_table<double>(),

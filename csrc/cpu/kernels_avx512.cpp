@@ -32,6 +32,7 @@ static bool usable() {
 }
 
 constinit const Isa kAvx512Isa = {"avx512",
+                                  FUSEDRNN_VECTOR_BYTES,
                                   usable,
                                   avx512::kernel_table<float>(),
                                   avx512::kernel_table<double>(),

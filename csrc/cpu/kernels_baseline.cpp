@@ -12,6 +12,7 @@ namespace fusedrnn {
 static bool usable() { return true; }
 
 constinit const Isa kBaselineIsa = {"baseline",
+                                    FUSEDRNN_VECTOR_BYTES,
                                     usable,
                                     baseline::kernel_table<float>(),
                                     baseline::kernel_table<double>(),

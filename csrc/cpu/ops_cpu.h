@@ -191,15 +191,16 @@ struct WeightValues {
 };
 
 // Rows of (B, units) of one direction, in sorted order and where the schedule's states lie, padded
-// with zeros; zeros where `state` is null.
+// with zeros, `in_front` of them before each row; zeros where `state` is null.
 template <class S>
-void fill_state(S* to, const S* state, int64_t units, const Schedule& schedule) {
-  const int64_t stride = padded(units);
+void fill_state(S* to, const S* state, int64_t units, const Schedule& schedule,
+                int64_t in_front = 0) {
+  const int64_t stride = in_front + padded(units);
   std::fill(to, to + state_row(schedule, schedule.batch) * stride, S(0));
   if (state == nullptr) return;
   for (int64_t b = 0; b < schedule.batch; ++b) {
     const S* from = state + caller_row(schedule, b) * units;
-    std::copy(from, from + units, to + state_row(schedule, b) * stride);
+    std::copy(from, from + units, to + state_row(schedule, b) * stride + in_front);
   }
 }
 

@@ -29,13 +29,15 @@ constexpr int64_t panel_count(int64_t columns, int blocks) {
 
 // From weights (Gates * units, k), row-major, to panels by unit. Each vector comes from a row of
 // its own and goes to lines apart: too many streams for the hardware's prefetcher, so they are
-// fetched ahead, the source into the larger cache, the target for writing.
+// fetched ahead, the source into the larger cache, the target for writing. They become the rows
+// from `first` on of panels of `all` rows.
 template <int Gates, class S>
-void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range panels) {
+void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range panels,
+                  int64_t first, int64_t all) {
   using P = UnitPanel<Gates>;
   constexpr int lanes = kLanes<S>;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    S* to = packed + panel * (k * P::vectors * lanes);
+    S* to = packed + panel * (all * P::vectors * lanes);
     for (int v = 0; v < P::vectors; ++v) {
       const int64_t unit = (panel * P::blocks + v / Gates) * lanes;
       const int64_t valid = units - unit;
@@ -44,16 +46,21 @@ void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range p
         Vec<S> rows[lanes];
         for (int r = 0; r < lanes; ++r) {
           __builtin_prefetch(from + r * k + i + 4 * lanes, 0, 2);
-          fetch_to_write(to + panel_offset<P::vectors, lanes>(i + r + 2 * lanes, v, k));
+          fetch_to_write(to + panel_offset<P::vectors, lanes>(first + i + r + 2 * lanes, v, all));
           rows[r] = r < valid ? load(from + r * k + i, k - i) : Vec<S>{};
         }
         transpose<S>(rows);
         for (int64_t r = 0; r < lanes && i + r < k; ++r) {
-          store(to + panel_offset<P::vectors, lanes>(i + r, v, k), rows[r]);
+          store(to + panel_offset<P::vectors, lanes>(first + i + r, v, all), rows[r]);
         }
       }
     }
   }
+}
+
+template <int Gates, class S>
+void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range panels) {
+  pack_by_unit<Gates>(packed, weights, units, k, panels, 0, k);
 }
 
 // (Gates, padded units): b_ih + b_hh; n_apart: of the third gate, the GRU's n, b_ih alone.
@@ -95,7 +102,8 @@ FUSEDRNN_HD Tile<S, R, NV> scaled(const Tile<int32_t, R, NV>& tile, const Column
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec<S> sum = __builtin_convertvector(tile.sum[r][v] - offset, Vec<S>);
-      values.sum[r][v] = sum * (factor * factors[r]);
+      // Rounded: whether what it is added to would take it in without, g++ decides tile by tile.
+      values.sum[r][v] = kept(sum * (factor * factors[r]));
     }
   }
   return values;

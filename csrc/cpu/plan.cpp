@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <limits>
 
 namespace fusedrnn {
 namespace {
@@ -72,6 +73,22 @@ bool worth_packing(const Workload& work) {
 bool worth_packing_backward(const Schedule& schedule, const Workload& work) {
   // Of a single step, W_hh meets the gradient of the initial state alone.
   return schedule.steps > 1 || work.pairs > kFewRows;
+}
+
+bool joins_input(const Workload& work, int vector_bytes) {
+  // Neither a GRU, whose n needs its two halves apart, nor narrow values, which are converted.
+  if (keeps_n_apart(work.cell) || work.weight_size != work.value_size || is_one_step(work)) {
+    return false;
+  }
+  // What is saved is that gates are not written and read again. What it costs is that W_ih is read
+  // at every step, which takes rows enough to hide it, the more the further away it lies and the
+  // quicker they are multiplied.
+  const double bytes = weights_of(work) * work.weight_size, cache = private_cache();
+  const int64_t least_rows = bytes <= cache / 2   ? 2
+                             : bytes <= cache     ? 8
+                             : bytes <= 4 * cache ? vector_bytes
+                                                  : std::numeric_limits<int64_t>::max();
+  return work.batch >= least_rows;
 }
 
 Plan plan_team(const Workload& work, int threads) {

@@ -139,7 +139,8 @@ FUSEDRNN_HD void fetch_row(const S* from, int64_t n) {
   for (int64_t i = 0; i < std::min(n, most); i += line) fetch_to_read(from + i);
 }
 
-// A loaded vector, in a register: g++ 12 may load it again for each use instead.
+// The same vector, of which the compiler knows nothing: it stays in a register, where g++ 12 may
+// load it again for each use, and a product is not joined with what it is added to.
 template <class V>
 FUSEDRNN_HD V kept(V v) {
 #if defined(__x86_64__)

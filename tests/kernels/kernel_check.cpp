@@ -57,7 +57,8 @@ struct Case {
   std::vector<int64_t> lengths;  // sorted, longest first
   bool reverse, reset;
   Plan plan;
-  int64_t chunk;  // steps
+  int64_t chunk;        // steps
+  bool joined = false;  // forward: the input stands in front of the state
 };
 
 struct Problem {
@@ -209,10 +210,12 @@ std::vector<int64_t> state_rows(const Case& c) {
 
 // Rows of `units` values, padded, where the states lie; NaN between them.
 template <class S>
-std::vector<S> place_rows(const Values& from, const std::vector<int64_t>& at, int64_t units) {
-  std::vector<S> to((at.back() + 1) * padded(units), std::numeric_limits<S>::quiet_NaN());
+std::vector<S> place_rows(const Values& from, const std::vector<int64_t>& at, int64_t units,
+                          int64_t in_front = 0) {
+  const int64_t stride = in_front + padded(units);
+  std::vector<S> to((at.back() + 1) * stride, std::numeric_limits<S>::quiet_NaN());
   for (size_t b = 0; b < at.size(); ++b) {
-    S* row = &to[at[b] * padded(units)];
+    S* row = &to[at[b] * stride + in_front];
     std::fill(std::copy(&from[b * units], &from[b * units] + units, row), row + padded(units),
               S(0));
   }
@@ -266,9 +269,11 @@ int failures = 0;
 void fail(const char* what, const Case& c, double worst) {
   ++failures;
   std::printf(
-      "%s: cell %d B %ld I %ld H %ld P %ld T %ld reverse %d reset %d groups %d parts %d: %g\n",
+      "%s: cell %d B %ld I %ld H %ld P %ld T %ld reverse %d reset %d groups %d parts %d joined %d: "
+      "%g\n",
       what, static_cast<int>(c.cell), long(c.batch), long(c.input), long(c.hidden), long(c.output),
-      long(c.lengths[0]), c.reverse, c.reset, c.plan.groups, c.plan.parts, worst);
+      long(c.lengths[0]), c.reverse, c.reset, c.plan.groups, c.plan.parts, c.joined,
+      worst);
 }
 
 void expect_close(const char* what, const Case& c, const Values& got, const Values& want,
@@ -310,19 +315,23 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   Rooms<S> rooms;
   Array y(pairs * P), h_n = as<S>(p.h0);
   S *const saved = rooms.take(pairs * width), *const cells = rooms.take(pairs * Hp);
-  Array h_a = place_rows<S>(p.h0, at, P), h_b = h_a, cell = place_rows<S>(p.c0, at, H);
+  const int64_t joined = c.joined ? padded(c.input) : 0;
+  Array h_a = place_rows<S>(p.h0, at, P, joined), h_b = h_a, cell = place_rows<S>(p.c0, at, H);
   ForwardArgs<S> forward{};
   forward.sizes = p.sizes;
   forward.schedule = schedule;
   forward.directions = 1;
   forward.save = true;
+  forward.joined = joined;
   forward.zeros = zeros.data();
   ForwardDirection<S>& f = forward.direction[0];
   f.reverse = c.reverse;
   f.weights = weights;
-  f.packed = {rooms.take(gates * whole(Hp) * c.input), rooms.take(gates * whole(Hp) * P),
+  f.packed = {rooms.take(gates * whole(Hp) * c.input), rooms.take(gates * whole(Hp) * (c.input + P)),
               rooms.take(whole(Pp) * H), rooms.take(gates * whole(Hp)), rooms.take(Hp)};
-  if (pairs < 12 || steps == 1) {
+  if (c.joined) {
+    f.packed.input = nullptr;
+  } else if (pairs < 12 || steps == 1) {
     f.packed.input = f.packed.recurrent = f.packed.projection = nullptr;
     forward.across_stride = whole(pairs) * std::max(c.input + P, H);
     forward.across = rooms.take(c.plan.threads() * forward.across_stride);
@@ -499,6 +508,12 @@ int main(int argc, char** argv) {
     const Expected want = expect(c, p);
     check<float>(c, p, want);
     check<double>(c, p, want);
+    cases += 2;
+    if (keeps_n_apart(c.cell)) return;
+    Case joined = c;
+    joined.joined = true;
+    check<float>(joined, p, want);
+    check<double>(joined, p, want);
     cases += 2;
   };
   for (Cell cell : {Cell::kLstm, Cell::kGru, Cell::kRnnTanh, Cell::kRnnRelu}) {
