@@ -127,19 +127,21 @@ class BackwardChunk : public StateGradients<S, E> {
             });
   }
 
-  FUSEDRNN_HD void cell_gradient(const Row& row, int64_t unit, Vec<S> dh) const {
+  // The row by value: its stores might otherwise change what it holds, for all the compiler knows.
+  FUSEDRNN_HD void cell_gradient(const Row row, int64_t unit, Vec<S> dh) const {
+    const int64_t stride = hidden_, units = sizes_.hidden - unit, outputs = sizes_.output - unit;
     // The padding's sums are zero times what the rows hold: NaN of an infinite x, which W_hh's
     // zeros would carry to every unit.
     const auto put = [&](int block, Vec<S> value) __attribute__((always_inline)) {
-      write(row.dgates + block * hidden_ + unit, with_first_lanes<S>(value, sizes_.hidden - unit));
+      write(row.dgates + block * stride + unit, with_first_lanes<S>(value, units));
     };
     if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
       using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
-      put(0, Activation::backward(read(row.h + unit, sizes_.hidden - unit), dh));
+      put(0, Activation::backward(read(row.h + unit, outputs), dh));
     } else {
       const E* g = row.gates + unit;
-      const Vec<S> g0 = read(g), g1 = read(g + hidden_), g2 = read(g + 2 * hidden_),
-                   g3 = read(g + 3 * hidden_);
+      const Vec<S> g0 = read(g), g1 = read(g + stride), g2 = read(g + 2 * stride),
+                   g3 = read(g + 3 * stride);
       const Vec<S> carried = load(row.carried + unit);
       if constexpr (kCell == Cell::kLstm) {
         const LstmGradient<Vec<S>> s =
@@ -153,7 +155,7 @@ class BackwardChunk : public StateGradients<S, E> {
         if (row.h_tilde != nullptr) write(row.h_tilde + unit, s.h_tilde);
       } else {
         const GruGradient<Vec<S>> s =
-            gru_backward(g0, g1, g2, g3, read(row.h + unit, sizes_.hidden - unit), dh + carried);
+            gru_backward(g0, g1, g2, g3, read(row.h + unit, outputs), dh + carried);
         put(0, s.dh_n);
         put(1, s.da_r);
         put(2, s.da_z);
