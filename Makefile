@@ -14,7 +14,7 @@ export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
-CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard bench/cuda/*))
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard bench/cuda/* tests/kernels/*))
 # What the extension is compiled from; a stamp below depends on it.
 BUILD_INPUTS := setup.py pyproject.toml $(CSRC)
 

@@ -281,9 +281,9 @@ struct BackwardArgs {
   Sizes sizes;
   Schedule schedule;
   int directions;
-  const S* zeros;      // (Sizes::zero_count)
-  S* dx;               // (io rows, I); or null: not wanted
-  bool add_dx;         // dx holds zeros, or the other direction's share; else it is written
+  const S* zeros;           // (Sizes::zero_count)
+  S* dx;                    // (io rows, I); or null: not wanted
+  bool add_dx;              // dx holds zeros, or the other direction's share; else it is written
   BackwardRow<S, E>* rows;  // scratch: per thread, (B), one step's: those of its group
   int64_t rows_stride;
   const E** previous;  // scratch: where the states that entered a chunk's steps lie

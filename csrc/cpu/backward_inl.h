@@ -28,8 +28,8 @@ class BackwardChunk : public StateGradients<S, E> {
   }
 
  private:
-  using Base::dgates, Base::dgates_after, Base::dy_of, Base::each, Base::final_gradient, Base::finish,
-      Base::output_gradients, Base::zeros;
+  using Base::dgates, Base::dgates_after, Base::dy_of, Base::each, Base::final_gradient,
+      Base::finish, Base::output_gradients, Base::zeros;
   using Base::kSideRows, Base::kWidth;
   using Base::sizes_, Base::schedule_, Base::d_, Base::slot_, Base::zeros_, Base::hidden_,
       Base::output_, Base::own_output_panels_, Base::own_hidden_panels_, Base::own_rows_,

@@ -39,8 +39,8 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   const bool packs = worth_packing(work);
   const bool joins = packs && joins_input(work, current_isa().vector_bytes);
   // No gates that should stay in the cache until a step reads them: nothing to cut the walk for.
-  const std::vector<int64_t> bounds =
-      joins && !save ? std::vector<int64_t>{0, storage.view.steps} : chunk_bounds(storage.view, work);
+  const std::vector<int64_t> bounds = joins && !save ? std::vector<int64_t>{0, storage.view.steps}
+                                                     : chunk_bounds(storage.view, work);
   const int64_t most_rows = chunk_rows(storage.view, bounds);
   const int threads = most_threads(work, storage.view, bounds);
   const std::vector<int64_t> apart =

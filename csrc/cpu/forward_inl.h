@@ -162,17 +162,16 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
         const auto x = [&](int64_t b) {
           return d_.x + io_row(schedule_, schedule_.row0[t] + b) * sizes_.input;
         };
-        product_unpacked<kGates, F>(
-            mine, own_panels_, sizes_.hidden, across_, apply,
-            Term<S, decltype(x)>{x, d_.weights.w_ih, sizes_.input},
-            Term<S, decltype(left)>{left, d_.weights.w_hh, sizes_.output});
+        product_unpacked<kGates, F>(mine, own_panels_, sizes_.hidden, across_, apply,
+                                    Term<S, decltype(x)>{x, d_.weights.w_ih, sizes_.input},
+                                    Term<S, decltype(left)>{left, d_.weights.w_hh, sizes_.output});
       }
     }
     if (!two_terms_) {
-      this->template multiply_units<kGates>(
-          mine, own_panels_, left_rows(mine, sizes_.output, left), d_.packed.recurrent,
-          d_.weights.w_hh, d_.packed.recurrent_scale, sizes_.hidden,
-          joined_inputs_ + sizes_.output, apply, turn_ != 0);
+      this->template multiply_units<kGates>(mine, own_panels_, left_rows(mine, sizes_.output, left),
+                                            d_.packed.recurrent, d_.weights.w_hh,
+                                            d_.packed.recurrent_scale, sizes_.hidden,
+                                            joined_inputs_ + sizes_.output, apply, turn_ != 0);
     }
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {

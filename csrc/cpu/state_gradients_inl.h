@@ -70,8 +70,8 @@ class StateGradients {
     return d_.dgates_next + b * d_.dgates_stride;
   }
 
-  // The same, as they reach the step before u: not past a reset, nor for `starting` rows, whose last
-  // step that is.
+  // The same, as they reach the step before u: not past a reset, nor for `starting` rows, whose
+  // last step that is.
   const E* dgates_after(int64_t u, int64_t b, bool starting) const {
     return starting || is_reset(d_.reset, schedule_, u, b) ? zeros() : dgates_of(u, b);
   }
@@ -112,8 +112,7 @@ class StateGradients {
                                                   bool starting) const {
     const int64_t row0 = schedule_.row0[t] - first_row_;
     dh_product<kSideRows>(
-        u, rows, starting,
-        [&](int64_t b) { return as_words<E>(dgates_after(u, b, starting)); },
+        u, rows, starting, [&](int64_t b) { return as_words<E>(dgates_after(u, b, starting)); },
         [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
           each(tile, b0, panel, output_,
                [&](int64_t b, int64_t unit, Vec<S> dh) __attribute__((always_inline)) {

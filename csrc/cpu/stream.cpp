@@ -25,25 +25,17 @@ struct Rows {
   ColumnScale scale() const { return {factor.data(), offset.data()}; }
 };
 
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (value != value) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// Values are put into words one after another; the last word of a row is filled up with zeros.
-template <class Value, class Put>
-std::vector<uint32_t> words_of_rows(int64_t rows, int64_t columns, Put put) {
+// Rows of values, as write(row, to) writes them, in words one after another; the last word of a row
+// is filled up with zeros.
+template <class Value, class Write>
+std::vector<uint32_t> words_of_rows(int64_t rows, int64_t columns, Write write) {
   constexpr int64_t each = sizeof(uint32_t) / sizeof(Value);
   const int64_t stride = (columns + each - 1) / each;
   std::vector<uint32_t> words(rows * stride, 0);
+  std::vector<Value> values(columns);
   for (int64_t row = 0; row < rows; ++row) {
-    char* to = reinterpret_cast<char*>(words.data() + row * stride);
-    for (int64_t i = 0; i < columns; ++i) {
-      const Value value = put(row, i);
-      std::memcpy(to + i * sizeof(Value), &value, sizeof(Value));
-    }
+    write(row, values.data());
+    std::memcpy(words.data() + row * stride, values.data(), columns * sizeof(Value));
   }
   return words;
 }
@@ -67,11 +59,12 @@ Rows<uint32_t> int8_rows(const float* w, int64_t blocks, int64_t units, int64_t 
     inverse[row] = usable ? 127.0f / most : 0.0f;
     rows.factor[at(row)] = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
   }
-  rows.words = words_of_rows<int8_t>(blocks * units, columns, [&](int64_t row, int64_t i) {
-    const float scaled = inverse[row] == 0.0f ? 0.0f : w[row * columns + i] * inverse[row];
-    const auto value = static_cast<int8_t>(std::lrint(scaled));
-    rows.offset[at(row)] += 128 * value;
-    return value;
+  rows.words = words_of_rows<int8_t>(blocks * units, columns, [&](int64_t row, int8_t* to) {
+    for (int64_t i = 0; i < columns; ++i) {
+      const float scaled = inverse[row] == 0.0f ? 0.0f : w[row * columns + i] * inverse[row];
+      to[i] = static_cast<int8_t>(std::lrint(scaled));
+      rows.offset[at(row)] += 128 * to[i];
+    }
   });
   return rows;
 }
@@ -84,9 +77,10 @@ Rows<W> rows_in(WeightFormat format, const float* w, int64_t blocks, int64_t uni
     return {std::vector<float>(w, w + blocks * units * columns), {}, {}};
   } else {
     if (format == WeightFormat::kInt8) return int8_rows(w, blocks, units, columns);
+    const auto round = current_isa().bf16.round;
     return {words_of_rows<uint16_t>(
                 blocks * units, columns,
-                [&](int64_t row, int64_t i) { return to_bf16(w[row * columns + i]); }),
+                [&](int64_t row, uint16_t* to) { round(w + row * columns, to, columns); }),
             {},
             {}};
   }
