@@ -84,10 +84,10 @@ bool joins_input(const Workload& work, int vector_bytes) {
   // at every step, which takes rows enough to hide it, the more the further away it lies and the
   // quicker they are multiplied.
   const double bytes = weights_of(work) * work.weight_size, cache = private_cache();
-  const int64_t least_rows = bytes <= cache / 2   ? 2
-                             : bytes <= cache     ? 8
-                             : bytes <= 4 * cache ? vector_bytes
-                                                  : std::numeric_limits<int64_t>::max();
+  const int64_t least_rows = bytes <= cache / 2       ? 2
+                             : bytes <= cache * 3 / 4 ? 8
+                             : bytes <= cache * 4     ? vector_bytes / 2
+                                                      : std::numeric_limits<int64_t>::max();
   return work.batch >= least_rows;
 }
 
