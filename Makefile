@@ -71,7 +71,7 @@ SANITIZE_OBJECTS := $(patsubst %.cpp,build/sanitize/%.o,$(SANITIZE_SOURCES))
 SANITIZE_FLAGS := -O1 -g -std=c++20 -ffp-contract=fast -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZE_ISAS := baseline avx2 avx512
 
-build/sanitize/%.o: %.cpp $(filter %.h,$(CSRC))
+build/sanitize/%.o: %.cpp $(filter %.h,$(CSRC) $(wildcard tests/kernels/*))
 	@mkdir -p $(@D)
 	$(CXX) $(SANITIZE_FLAGS) -Icsrc -c $< -o $@
 
