@@ -76,7 +76,7 @@ class BackwardChunk : public StateGradients<S, E> {
     const Range mine = {own_rows_.begin, std::min(own_rows_.end, rows)};
     const Range going_on = {mine.begin, std::min(mine.end, rows_before)};
     const Range starting = {std::max(mine.begin, rows_before), mine.end};
-    for (int64_t b = mine.begin; b < mine.end; ++b) rows_[b] = row_of(t, u, b);
+    for (int64_t b = mine.begin; b < mine.end; ++b) ::new (&rows_[b]) Row(row_of(t, u, b));
     if (kCell == Cell::kLstm && sizes_.projected) {
       // dh passes through W_hr before it meets the cell.
       output_gradients(t, u, going_on, false);

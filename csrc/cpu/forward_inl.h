@@ -69,7 +69,8 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
 
   void step(int64_t t) {
     const Range mine = {own_rows_.begin, std::min(own_rows_.end, schedule_.rows[t])};
-    for (int64_t b = mine.begin; b < mine.end; ++b) rows_[b] = row_of(t, b);
+    // Made in place: a copy would read wide what was just written in pieces, and wait for it.
+    for (int64_t b = mine.begin; b < mine.end; ++b) ::new (&rows_[b]) Row(row_of(t, b));
     const Row* const at_row = rows_;
     const int64_t in_front = joined_inputs_;
     const auto left = [&](int64_t b)
