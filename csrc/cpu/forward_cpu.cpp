@@ -37,7 +37,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   const int64_t input_gates = gate_blocks(layer.cell) * whole_panels(hidden);
   const Workload work = workload_of(layer, storage.view, save ? 3 : 1);
   const bool packs = worth_packing(work);
-  const bool joins = packs && joins_input(work, current_isa().vector_bytes);
+  const bool joins = packs && joins_input(work, at::get_num_threads(), current_isa().vector_bytes);
   // No gates that should stay in the cache until a step reads them: nothing to cut the walk for.
   const std::vector<int64_t> bounds = joins && !save ? std::vector<int64_t>{0, storage.view.steps}
                                                      : chunk_bounds(storage.view, work);

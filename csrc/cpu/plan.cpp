@@ -75,22 +75,6 @@ bool worth_packing_backward(const Schedule& schedule, const Workload& work) {
   return schedule.steps > 1 || work.pairs > kFewRows;
 }
 
-bool joins_input(const Workload& work, int vector_bytes) {
-  // Neither a GRU, whose n needs its two halves apart, nor narrow values, which are converted.
-  if (keeps_n_apart(work.cell) || work.weight_size != work.value_size || is_one_step(work)) {
-    return false;
-  }
-  // What is saved is that gates are not written and read again. What it costs is that W_ih is read
-  // at every step, which takes rows enough to hide it, the more the further away it lies and the
-  // quicker they are multiplied.
-  const double bytes = weights_of(work) * work.weight_size, cache = private_cache();
-  const int64_t least_rows = bytes <= cache / 2       ? 2
-                             : bytes <= cache * 3 / 4 ? 8
-                             : bytes <= cache * 4     ? vector_bytes / 2
-                                                      : std::numeric_limits<int64_t>::max();
-  return work.batch >= least_rows;
-}
-
 Plan plan_team(const Workload& work, int threads) {
   Plan plan;
   threads = std::min(threads, kMaxThreads);
@@ -128,6 +112,29 @@ Plan plan_team(const Workload& work, int threads) {
   plan.groups =
       static_cast<int>(std::min<int64_t>(each / plan.parts, std::max<int64_t>(work.batch / 2, 1)));
   return plan;
+}
+
+bool joins_input(Workload work, int threads, int vector_bytes) {
+  // Neither a GRU, whose n needs its two halves apart, nor narrow values, which are converted.
+  if (keeps_n_apart(work.cell) || work.weight_size != work.value_size || is_one_step(work)) {
+    return false;
+  }
+  // What is saved is that gates are not written and read again. What it costs is that W_ih is read
+  // at every step, which takes rows enough to hide it, the more the further away it lies and the
+  // quicker they are multiplied.
+  const double bytes = weights_of(work) * work.weight_size, cache = private_cache();
+  const int64_t least_rows = bytes <= cache / 2       ? 2
+                             : bytes <= cache * 3 / 4 ? 8
+                             : bytes <= cache * 4     ? vector_bytes / 2
+                                                      : std::numeric_limits<int64_t>::max();
+  if (work.batch < least_rows) return false;
+  // Threads that share units would have to tell each other of x at every step; ahead, each projects
+  // just its own.
+  for (const Distance distance : {Distance::kNear, Distance::kUnknown, Distance::kFar}) {
+    work.distance = distance;
+    if (plan_team(work, threads).parts > 1) return false;
+  }
+  return true;
 }
 
 bool depends_on_distance(Workload work, int threads) {

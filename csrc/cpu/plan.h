@@ -36,11 +36,11 @@ bool worth_packing(const Workload& work);
 // have.
 bool worth_packing_backward(const Schedule& schedule, const Workload& work);
 
-// Whether a packed forward call takes the input and the state in one product at every step, instead
-// of projecting the input ahead. Independent of threads, as the sums' order depends on it.
-bool joins_input(const Workload& work, int vector_bytes);
-
 Plan plan_team(const Workload& work, int threads);
+
+// Whether a packed forward call takes the input and the state in one product at every step, instead
+// of projecting the input ahead. The same for near threads as for far ones: it changes bits.
+bool joins_input(Workload work, int threads, int vector_bytes);
 
 // Whether that plan is another one for near threads than for far ones. Results are the same, bit by
 // bit: such plans share hidden units, not rows.
