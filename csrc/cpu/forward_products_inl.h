@@ -60,8 +60,9 @@ class ForwardProducts {
     pack_by_unit<kGates>(d_.packed.recurrent, w.w_hh, sizes_.hidden, outputs, mine(own_panels_),
                          joined_inputs_, all);
     if (sizes_.projected) {
-      pack_by_unit<1>(d_.packed.projection, w.w_hr, sizes_.output, words_of<F>(sizes_.hidden),
-                      mine(own_output_panels_));
+      const int64_t hidden = words_of<F>(sizes_.hidden);
+      pack_by_unit<1>(d_.packed.projection, w.w_hr, sizes_.output, hidden, mine(own_output_panels_),
+                      0, hidden);
     }
   }
 

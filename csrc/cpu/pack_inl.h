@@ -58,11 +58,6 @@ void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range p
   }
 }
 
-template <int Gates, class S>
-void pack_by_unit(S* packed, const S* weights, int64_t units, int64_t k, Range panels) {
-  pack_by_unit<Gates>(packed, weights, units, k, panels, 0, k);
-}
-
 // (Gates, padded units): b_ih + b_hh; n_apart: of the third gate, the GRU's n, b_ih alone.
 template <int Gates, class S, class W>
 void pack_bias(const PackedWeights<S, W>& packed, const Weights<S, W>& w, const Sizes& sizes,
