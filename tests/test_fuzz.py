@@ -140,17 +140,16 @@ def values(case: Case) -> dict[str, Any]:
     def draw_tensor(*shape: int) -> Tensor:
         return torch.randn(*shape).to(case.dtype)
 
-    if case.form.startswith("packed"):
-        x: Any = [draw_tensor(length, case.input_size) for length in case.lengths]
-    else:
-        x = draw_tensor(*dense, case.input_size)
+    # The rows of a packed input are one leaf: of a single short row's gradient little may be left
+    # but what cancelled.
+    x = draw_tensor(*(y if case.form.startswith("packed") else dense), case.input_size)
     h, c = draw_tensor(*state, outputs), draw_tensor(*state, case.hidden_size)
     dys = [draw_tensor(*y, directions * outputs), draw_tensor(*h.shape), draw_tensor(*c.shape)]
     if case.form == "unbatched":
         batch_dim = 0 if case.batch_first else 1
         x, h, c = x.squeeze(batch_dim), h.squeeze(1), c.squeeze(1)
         dys = [dys[0].squeeze(batch_dim), dys[1].squeeze(1), dys[2].squeeze(1)]
-    if not case.contiguous and isinstance(x, Tensor):
+    if not case.contiguous and not case.form.startswith("packed"):
         # Every other feature of a wider tensor; states with their last two dimensions swapped.
         x = torch.stack([x, draw_tensor(*x.shape)], dim=-1)[..., 0]
         h, c = (s.mT.contiguous().mT for s in (h, c))
@@ -160,15 +159,13 @@ def values(case: Case) -> dict[str, Any]:
 def execute(case: Case, module: nn.Module, given: dict[str, Any]) -> oracle.Results:
     """The module's outputs and gradients, arguments cast to its dtype."""
     dtype = next(module.parameters()).dtype
-    xs = given["x"] if isinstance(given["x"], list) else [given["x"]]
-    xs = [cast(x, dtype).requires_grad_(case.input_grad) for x in xs]
+    x = cast(given["x"], dtype).requires_grad_(case.input_grad)
     h, c = (cast(given[n], dtype).requires_grad_(case.hx_grad) for n in "hc")
+    argument: Tensor | PackedSequence = x
     if case.form.startswith("packed"):
-        argument: Tensor | PackedSequence = pack_sequence(xs, case.form == "packed")
-    else:
-        argument = xs[0]
+        argument = pack_sequence(x.split(case.lengths), case.form == "packed")
     lstm = case.mode == "LSTM"
-    leaves = {f"x{i}": x for i, x in enumerate(xs)} | dict(module.named_parameters())
+    leaves = {"x": x} | dict(module.named_parameters())
     if case.hx:
         leaves["h_0"] = h
         if lstm:
