@@ -39,6 +39,10 @@ struct PackedTerm {
   int64_t k;
 };
 
+// k of a turn: as kAddedInTurn, for calls of so few rows that a product by columns of k, as torch's
+// then is, has smaller errors still.
+inline constexpr int64_t kAddedAcross = 256;
+
 // to (vectors, rows, lanes of units) = the sum of all terms: the products of one panel of rows with
 // up to `lanes` rows of weights, of which `valid` exist (the others give 0). A function, not
 // inlined: it serves all cells.
@@ -54,21 +58,25 @@ __attribute__((noinline)) void across_panel(typename F::Sum* to,
   for (int v = 0; v < kAcrossVectors; ++v) {
     for (int64_t unit = valid; unit < lanes; ++unit) sums[v][unit] = Vec<Sum>{};
   }
+  bool first = true;
   for (const auto* term = terms; term < terms + count; ++term) {
-    product<F, kAcrossVectors, most>(
-        Range{0, valid}, Range{0, 1}, [&](int64_t unit) { return term->weights + unit * term->k; },
-        1, term->packed, 0, term->k,
-        [&]<int R, int NV>(const Tile<Sum, R, NV>& tile, int64_t unit, int64_t)
-            __attribute__((always_inline)) {
+    for (int64_t i = 0; first || i < term->k; i += kAddedAcross, first = false) {
+      product<F, kAcrossVectors, most>(
+          Range{0, valid}, Range{0, 1},
+          [&](int64_t unit) { return term->weights + unit * term->k + i; }, 1,
+          term->packed + i * kAcrossVectors * lanes, 0, std::min(kAddedAcross, term->k - i),
+          [&]<int R, int NV>(const Tile<Sum, R, NV>& tile, int64_t unit, int64_t)
+              __attribute__((always_inline)) {
 #pragma GCC unroll 8
-              for (int r = 0; r < R; ++r) {
+                for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-                for (int v = 0; v < kAcrossVectors; ++v) {
-                  Vec<Sum>& sum = sums[v][unit + r];
-                  sum = term == terms ? tile.sum[r][v] : sum + tile.sum[r][v];
+                  for (int v = 0; v < kAcrossVectors; ++v) {
+                    Vec<Sum>& sum = sums[v][unit + r];
+                    sum = first ? tile.sum[r][v] : sum + tile.sum[r][v];
+                  }
                 }
-              }
-            });
+              });
+    }
   }
   for (int v = 0; v < kAcrossVectors; ++v) {
     transpose<Sum>(sums[v]);
