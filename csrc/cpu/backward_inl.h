@@ -111,7 +111,7 @@ class BackwardChunk : public StateGradients<S, E> {
 #pragma GCC unroll 1
               for (int r = 0; r < R; ++r) {
                 if (R > 2) {
-                  with_next_tile(rows, own_output_panels_, b0 + R + r, panel, fetch_row,
+                  with_next_tile(rows, own_output_panels_, u % 2 != 0, b0 + R + r, panel, fetch_row,
                                  fetch_next_step);
                 }
                 const Row& row = rows_[b0 + r];

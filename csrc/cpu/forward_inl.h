@@ -143,7 +143,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
       };
       each_row([&](int r, int block, int64_t unit, bool exists) __attribute__((always_inline)) {
         if (R > 2 && block == 0) {
-          with_next_tile(mine, own_panels_, b0 + R + r, panel, fetch, fetch_next_step);
+          with_next_tile(mine, own_panels_, turn_ != 0, b0 + R + r, panel, fetch, fetch_next_step);
         }
         half[r][block] = exists ? cell.begin(tile.sum[r] + block * kGates, at_row[b0 + r], unit)
                                 : typename CellStep::Half{};

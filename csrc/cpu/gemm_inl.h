@@ -43,13 +43,23 @@ struct Tile {
 // ones before it: the error grows with this number's root, not with k's.
 inline constexpr int64_t kAddedInTurn = 512;
 
+// Words of a cache line.
+template <class Word>
+inline constexpr int64_t kLine = 64 / sizeof(Word);
+
+// Of a tall tile, the next panel is fetched meanwhile: from the shared cache it would come more
+// slowly than its first tile takes it, while this panel's other tiles need nothing from there.
+template <int R>
+inline constexpr bool kFetchesAhead = R > 4;
+
 // tile.sum[r][v] = sum over i < k of a[r][i * a_step] * (vector v at i * b_step), for `Width` of
 // the tile's vectors from `first` on, or added to it where `add`; they are those of strips of Strip
-// vectors, `strip_size` apart. A sum is that of `Sets` ones, which take k in turns.
+// vectors, `strip_size` apart. A sum is that of `Sets` ones, which take k in turns. kFetchesAhead:
+// k lines from `ahead` on are fetched into the private cache.
 template <class F, int Strip, int Width, int Sets, int R, int NV, class Word = typename F::Word>
 FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const Word* const (&a)[R],
                           int64_t a_step, const Word* strips, int64_t b_step, int64_t strip_size,
-                          int64_t k, bool add) {
+                          int64_t k, bool add, const Word* ahead) {
   // A loop of few multiplications at a turn loses a cycle of each to its branch, and to where the
   // cache of decoded instructions happens to cut it. Not a single row's, which waits for weights.
   constexpr int at_a_turn = Sets == 1 && R > 1 && R * Width * F::kParts <= 12 ? 2 : Sets;
@@ -99,6 +109,7 @@ FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const W
   for (; i + at_a_turn <= k; i += at_a_turn) {
 #pragma GCC unroll 4
     for (int u = 0; u < at_a_turn; ++u) {
+      if constexpr (kFetchesAhead<R>) __builtin_prefetch(ahead + (i + u) * kLine<Word>, 0, 2);
       step(sum[u % Sets], (i + u) * a_step, strips + (i + u) * b_step);
     }
   }
@@ -120,10 +131,16 @@ FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const W
 template <int NV>
 inline constexpr int kRowPanels = NV <= 4 ? 2 : 1;
 
+// Which panel is wanted next, and the how many-th tile of this one it is: each tile fetches a part.
+struct Ahead {
+  int64_t panel, tile;
+};
+
 template <class F, int NV, int R, int Panels, class RowAt, class Epilogue>
 FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_t a_step,
                                const typename F::Word* packed, int64_t panel_size, int64_t k,
-                               Epilogue& epilogue, bool from_end = false) {
+                               Epilogue& epilogue, Ahead next, bool from_end = false) {
+  using Word = typename F::Word;
   const int64_t first = from_end && k > 0 ? k - 1 : 0, way = from_end ? -1 : 1;
   constexpr int strip = strip_vectors(NV), all = NV * Panels;
   // At once where the registers hold all sums, and the operands beside them.
@@ -132,26 +149,30 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_
   // last panel, alone, as many as the others: which one that is depends on the number of threads.
   constexpr int sums = R == 1 ? kRowPanels<NV> * NV : R * width;
   constexpr int sets = sums >= 8 ? 1 : sums >= 4 ? 2 : 4;
-  constexpr int64_t b_step = strip * kLanes<typename F::Word>;
+  constexpr int64_t b_step = strip * kLanes<Word>;
+  // A panel's lines for each k.
+  constexpr int64_t lines = std::max<int64_t>(1, NV * kLanes<Word> / kLine<Word>);
   const int64_t strip_size = panel_size / (NV / strip);
-  const typename F::Word* a[R];
+  const Word* a[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = row_at(row + r) + first * a_step;
   Tile<typename F::Sum, R, all> tile;
 #pragma GCC unroll 8
   for (int v = 0; v < all; v += width) {
-    const typename F::Word* strips =
-        packed + panel * panel_size + v / strip * strip_size + first * b_step;
-    const auto add_products = [&](const typename F::Word* const(&from)[R], int64_t begin,
+    const Word* strips = packed + panel * panel_size + v / strip * strip_size + first * b_step;
+    const int64_t part = (next.tile * (all / width) + v / width) % lines;
+    const Word* ahead = packed + next.panel * panel_size + part * k * kLine<Word>;
+    const auto add_products = [&](const Word* const(&from)[R], int64_t begin,
                                   int64_t end) __attribute__((always_inline)) {
       multiply<F, strip, width, sets>(tile, v, from, way * a_step, strips + begin * way * b_step,
-                                      way * b_step, strip_size, end - begin, begin > 0);
+                                      way * b_step, strip_size, end - begin, begin > 0,
+                                      ahead + begin * kLine<Word>);
     };
     if constexpr (R <= 2) {
       add_products(a, 0, k);  // more code makes this one's loop slower
     } else {
       for (int64_t i = 0; i == 0 || i < k; i += kAddedInTurn) {
-        const typename F::Word* from[R];
+        const Word* from[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) from[r] = a[r] + i * way * a_step;
         add_products(from, i, std::min(i + kAddedInTurn, k));
@@ -165,9 +186,8 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_
 }
 
 // A single row takes two panels at once where they are narrow: a tile's epilogue is one chain of
-// dependent instructions for each vector of units, and two hide each other. The walk's steps read
-// the weights from either end in turn: what the last step left in the first cache is used before it
-// has to go.
+// dependent instructions for each vector of units, and two hide each other. from_end: from the last
+// k of the last panel to the first of the first.
 template <class F, int NV, class RowAt, class Epilogue>
 FUSEDRNN_HD void product_of_row(int64_t row, Range panels, RowAt row_at, int64_t a_step,
                                 const typename F::Word* packed, int64_t panel_size, int64_t k,
@@ -177,13 +197,13 @@ FUSEDRNN_HD void product_of_row(int64_t row, Range panels, RowAt row_at, int64_t
   const auto single = [&] __attribute__((always_inline)) {
     if (panels.size() % at_once == 0) return;
     multiply_rows<F, NV, 1, 1>(row, panels.end - 1, row_at, a_step, packed, panel_size, k, epilogue,
-                               from_end);
+                               {}, from_end);
   };
   if (from_end) single();
   for (int64_t i = 0; i < pairs; ++i) {
     const int64_t pair = from_end ? pairs - 1 - i : i;
     multiply_rows<F, NV, 1, at_once>(row, panels.begin + at_once * pair, row_at, a_step, packed,
-                                     panel_size, k, epilogue, from_end);
+                                     panel_size, k, epilogue, {}, from_end);
   }
   if (!from_end) single();
 }
@@ -211,7 +231,8 @@ constexpr int64_t tile_count(int64_t rows) {
 }
 
 // Tiles over rows and panels; row_at(row) points to a row's first element, epilogue(tile, row,
-// panel) takes each finished tile. from_end: see product_of_row.
+// panel) takes each finished tile. from_end: the last panel first. The walk's steps read the
+// weights from either end in turn: what the last step left in a cache is used before it has to go.
 template <class F, int NV, int MostRows = kTileRows<F, NV>, class RowAt, class Epilogue>
 FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at, int64_t a_step,
                                   const typename F::Word* packed, int64_t panel_size, int64_t k,
@@ -222,12 +243,15 @@ FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at
                           from_end);
     return;
   }
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+  for (int64_t i = panels.begin; i < panels.end; ++i) {
+    const int64_t panel = from_end ? panels.begin + panels.end - 1 - i : i;
+    const int64_t next =
+        from_end ? std::max(panel - 1, panels.begin) : std::min(panel + 1, panels.end - 1);
     for (int64_t t = tiles.mine.begin; t < tiles.mine.end; ++t) {
       const int64_t row = tiles.begin(t);
       with_height<MostRows>(tiles.begin(t + 1) - row, [&](auto r) __attribute__((always_inline)) {
         multiply_rows<F, NV, decltype(r)::value, 1>(row, panel, row_at, a_step, packed, panel_size,
-                                                    k, epilogue);
+                                                    k, epilogue, {next, t - tiles.mine.begin});
       });
     }
   }
@@ -245,25 +269,24 @@ FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, int64_t a_step,
 // For an epilogue that touches lines which no prefetcher foresees: f(row, panel) for the row of the
 // tile after this one that stands where `row` less that tile's height stands in this one. Fetched
 // now, they arrive while that tile is multiplied. Behind the last tile, after_last(row, panel) for
-// the same rows of the first one.
+// the same rows of this panel: the next product, from the other end, begins with it.
 template <class F, class After>
-FUSEDRNN_HD void with_next_tile(Range rows, Range panels, int64_t row, int64_t panel, F f,
-                                After after_last) {
-  if (row >= rows.end) {
-    row -= rows.size();
-    ++panel;
-  }
+FUSEDRNN_HD void with_next_tile(Range rows, Range panels, bool from_end, int64_t row, int64_t panel,
+                                F f, After after_last) {
+  if (row < rows.end) return f(row, panel);
+  row -= rows.size();
   if (row >= rows.end) return;
-  if (panel < panels.end) {
-    f(row, panel);
+  const int64_t next = panel + (from_end ? -1 : 1);
+  if (panels.begin <= next && next < panels.end) {
+    f(row, next);
   } else {
-    after_last(row, panels.begin);
+    after_last(row, panel);
   }
 }
 
 template <class F>
 FUSEDRNN_HD void with_next_tile(Range rows, Range panels, int64_t row, int64_t panel, F f) {
-  with_next_tile(rows, panels, row, panel, f, [](int64_t, int64_t) {});
+  with_next_tile(rows, panels, false, row, panel, f, [](int64_t, int64_t) {});
 }
 
 FUSEDRNN_ISA_END

@@ -40,7 +40,7 @@ Least least_of(Distance distance, bool training) {
 
 constexpr int64_t kRowsPerGroup = 4;
 // From this many rows a group on, weights from the shared cache arrive as fast as they are used.
-constexpr int64_t kRowsThatHideWeights = 16;
+constexpr int64_t kRowsThatHideWeights = 64;
 // Packing costs about as much as this many products of each weight with one row, as they lie; with
 // three rows or more at a time, and long ones, those are nearly as fast as with packed weights.
 constexpr int64_t kWorthPacking = 12, kWorthPackingLongRows = 128;
@@ -123,10 +123,14 @@ bool joins_input(Workload work, int threads, int vector_bytes) {
   // at every step, which takes rows enough to hide it, the more the further away it lies and the
   // quicker they are multiplied.
   const double bytes = weights_of(work) * work.weight_size, cache = private_cache();
-  const int64_t least_rows = bytes <= cache / 2       ? 2
-                             : bytes <= cache * 3 / 4 ? 8
-                             : bytes <= cache * 4     ? vector_bytes / 2
-                                                      : std::numeric_limits<int64_t>::max();
+  int64_t least_rows = bytes <= cache / 2       ? 2
+                       : bytes <= cache * 3 / 4 ? 8
+                       : bytes <= cache * 4     ? vector_bytes / 2
+                                                : std::numeric_limits<int64_t>::max();
+  if (vector_bytes == 64) {
+    if (gate_blocks(work.cell) == 1) return false;
+    least_rows = std::max<int64_t>(least_rows, 32);
+  }
   if (work.batch < least_rows) return false;
   // Threads that share units would have to tell each other of x at every step; ahead, each projects
   // just its own.
