@@ -288,12 +288,16 @@ struct BackwardArgs {
   int64_t rows_stride;
   const E** previous;  // scratch: where the states that entered a chunk's steps lie
   Word<E>* panels[2];  // scratch: x and those states as panels, k counting words of rows
-  Word<E>* columns;    // scratch: per thread, (words of chunk rows, kGradientRows)
+  Word<E>* columns;    // scratch: per thread, (kMostGradientRows, column_words(words of chunk rows))
   int64_t columns_stride;
   BackwardDirection<S, E> direction[2];
 };
 
-// How many rows of a weight's gradient one thread works on at a time.
-inline constexpr int64_t kGradientRows = 24;
+// How many rows of a weight's gradient one thread works on at a time, at most.
+inline constexpr int64_t kMostGradientRows = 32;
+
+// Whole lines, and one more: columns a power of two apart would meet in few sets of the first
+// cache.
+constexpr int64_t column_words(int64_t words) { return padded(words) + kUnitAlignment; }
 
 }  // namespace fusedrnn

@@ -44,7 +44,7 @@ def kernel_objects() -> list[Path]:
     return sorted((ROOT / "build").glob("temp.*/**/kernels_*.o"))
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_kernel_objects_keep_to_their_namespace(isa: str) -> None:
     objects = [path for path in kernel_objects() if path.stem == f"kernels_{isa}"]
     if not objects:
@@ -78,7 +78,7 @@ def test_the_library_shares_no_kernel_code() -> None:
         name = line.split(maxsplit=2)[-1]
         if "fusedrnn::" not in name or not kernels.search(name.split("(")[0]):
             continue
-        isa = re.search(r"fusedrnn::(baseline|avx2|avx512|avx512_bf16)::", name)
+        isa = re.search(r"fusedrnn::(baseline|avx2|avx512|avx512_bf16|avx512_amx)::", name)
         assert isa is not None, name
         found.add(isa[1])
     assert found.issuperset(fusedrnn.cpu_isas())

@@ -53,7 +53,8 @@ __attribute__((noinline)) void across_panel(typename F::Sum* to,
   using Sum = typename F::Sum;
   constexpr int lanes = kLanes<Sum>;
   constexpr int tall = std::min(8, FUSEDRNN_ACCUMULATORS / kAcrossVectors);
-  constexpr int most = std::min(F::kMostRows < 6 ? F::kMostRows : tall, lanes);
+  constexpr int most =
+      kMatrix<F> ? kMatrixRows : std::min(F::kMostRows < 6 ? F::kMostRows : tall, lanes);
   Vec<Sum> sums[kAcrossVectors][lanes];
   for (int v = 0; v < kAcrossVectors; ++v) {
     for (int64_t unit = valid; unit < lanes; ++unit) sums[v][unit] = Vec<Sum>{};
@@ -63,7 +64,7 @@ __attribute__((noinline)) void across_panel(typename F::Sum* to,
     for (int64_t i = 0; first || i < term->k; i += kAddedAcross, first = false) {
       product<F, kAcrossVectors, most>(
           Range{0, valid}, Range{0, 1},
-          [&](int64_t unit) { return term->weights + unit * term->k + i; }, 1,
+          [&](int64_t unit) { return term->weights + unit * term->k + i; },
           term->packed + i * kAcrossVectors * lanes, 0, std::min(kAddedAcross, term->k - i),
           [&]<int R, int NV>(const Tile<Sum, R, NV>& tile, int64_t unit, int64_t)
               __attribute__((always_inline)) {

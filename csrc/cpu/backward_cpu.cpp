@@ -137,7 +137,7 @@ class BackwardRun {
     scratch_.want(&args_.previous, most_rows_);
     scratch_.want(&args_.panels[0], row_words * whole_panels(sizes.input));
     scratch_.want(&args_.panels[1], row_words * whole_panels(std::max(sizes.output, sizes.hidden)));
-    args_.columns_stride = row_words * kGradientRows;
+    args_.columns_stride = column_words(row_words) * kMostGradientRows;
     scratch_.want(&args_.columns, threads * args_.columns_stride);
     for (int d = 0; d < layer_.directions; ++d) {
       BackwardDirection<S, E>& dir = args_.direction[d];
@@ -165,8 +165,6 @@ class BackwardRun {
     scratch_.allocate();
     std::fill(zeros_, zeros_ + layer_.sizes.zero_count(), S(0));
     args_.zeros = zeros_;
-    // Its tails are read, though never used: they should not hold NaN or denormals.
-    std::fill(args_.columns, args_.columns + threads * args_.columns_stride, Word<E>(0));
   }
 
   void fill_states() {

@@ -188,7 +188,7 @@ class BackwardChunk : public StateGradients<S, E> {
     const auto row_at = [&](int64_t b) { return as_words<E>(d_.dh + (row0 + b) * output_); };
     const int64_t k = words_of<F>(sizes_.output);
     product<F, kStepVectors, kSideRows>(
-        rows, own_hidden_panels_, row_at, 1, d_.packed.projection, k * kWidth, k,
+        rows, own_hidden_panels_, row_at, d_.packed.projection, k * kWidth, k,
         [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
           each(tile, b0, panel, hidden_,
                [&](int64_t b, int64_t unit, Vec<S> sum)

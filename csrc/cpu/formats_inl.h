@@ -37,7 +37,7 @@ struct Exact : WholeWords<S> {
   static FUSEDRNN_HD Vec<S> add(Vec<S> sum, Vec<S> left, Vec<S> right) {
     return sum + left * right;
   }
-  static FUSEDRNN_HD S total(S word) { return word; }
+  static FUSEDRNN_HD Vec<S> totals(Vec<S> words) { return words; }
 };
 
 // Two bfloat16 values to a word.
@@ -74,9 +74,9 @@ struct Bf16
   }
 #endif
 
-  // The sum of a word's values.
-  static FUSEDRNN_HD float total(Word word) {
-    return __builtin_bit_cast(float, word << 16) + __builtin_bit_cast(float, word & 0xffff0000u);
+  // The sum of each word's values.
+  static FUSEDRNN_HD Vec<float> totals(Vec<Word> words) {
+    return (Vec<float>)(words << 16) + (Vec<float>)(words & 0xffff0000u);
   }
 
   // Rounded to nearest even; NaN stays NaN.
@@ -272,6 +272,20 @@ FUSEDRNN_HD void write(S* to, Vec<S> v) {
   store(to, v);
 }
 FUSEDRNN_HD void write(uint16_t* to, Vec<float> v) { Bf16::store_half(to, v, kLanes<float>); }
+
+// One word of k for each of up to `lanes` columns: n values of one row, or of two, `second` after
+// `first`. Null: zeros.
+template <class F, class E>
+FUSEDRNN_HD Vec<typename F::Word> word_of_rows(const E* first, const E* second, int64_t n) {
+  Vec<typename F::Word> word{};
+  if constexpr (kValuesPerWord<F> == 1) {
+    if (first != nullptr) word = load(first, n);
+  } else {
+    if (first != nullptr) word = load_bits(first, n);
+    if (second != nullptr) word |= load_bits(second, n) << 16;
+  }
+  return word;
+}
 
 // A padded row as products read it, and row `row` of a weight of `columns` columns.
 template <class E>

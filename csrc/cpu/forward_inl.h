@@ -272,6 +272,7 @@ void forward_chunk(const ForwardArgs<S, typename F::Word>& args, const Slot& slo
     chunk.project();
     chunk.walk();
   }
+  release_matrix_unit();
 }
 
 // The packing alone, by one thread.

@@ -184,7 +184,7 @@ class ForwardProducts {
                                           Term<Word, Left>{left, weights, words});
       }
     }
-    product<F, vectors>(rows, panels, left, 1, packed, words * vectors * kLanes<S>, words, values,
+    product<F, vectors>(rows, panels, left, packed, words * vectors * kLanes<S>, words, values,
                         from_end);
   }
 

@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/formats_inl.h"
+#include "cpu/matrix_inl.h"
 
 FUSEDRNN_ISA_BEGIN
 
@@ -32,7 +32,12 @@ constexpr int64_t panel_offset(int64_t i, int v, int64_t k) {
 // Rows of a tile of NV vectors: a strip's sums fill the registers and leave some for the operands.
 // Double is there for proofs more than for speed: lower tiles, less code.
 template <class F, int NV>
-inline constexpr int kTileRows = std::min(FUSEDRNN_ACCUMULATORS / strip_vectors(NV), F::kMostRows);
+inline constexpr int kTileRows =
+    kMatrix<F> ? kMatrixRows : std::min(FUSEDRNN_ACCUMULATORS / strip_vectors(NV), F::kMostRows);
+
+// Off the hot path low tiles are enough: less code, faster to compile.
+template <class F>
+inline constexpr int kSideTileRows = kMatrix<F> ? kMatrixRows : std::min(3, F::kMostRows);
 
 template <class S, int R, int NV>
 struct Tile {
@@ -52,13 +57,13 @@ inline constexpr int64_t kLine = 64 / sizeof(Word);
 template <int R>
 inline constexpr bool kFetchesAhead = R > 4;
 
-// tile.sum[r][v] = sum over i < k of a[r][i * a_step] * (vector v at i * b_step), for `Width` of
+// tile.sum[r][v] = sum over i < k of a[r][i * way] * (vector v at i * b_step), for `Width` of
 // the tile's vectors from `first` on, or added to it where `add`; they are those of strips of Strip
 // vectors, `strip_size` apart. A sum is that of `Sets` ones, which take k in turns. kFetchesAhead:
 // k lines from `ahead` on are fetched into the private cache.
 template <class F, int Strip, int Width, int Sets, int R, int NV, class Word = typename F::Word>
 FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const Word* const (&a)[R],
-                          int64_t a_step, const Word* strips, int64_t b_step, int64_t strip_size,
+                          int64_t way, const Word* strips, int64_t b_step, int64_t strip_size,
                           int64_t k, bool add, const Word* ahead) {
   // A loop of few multiplications at a turn loses a cycle of each to its branch, and to where the
   // cache of decoded instructions happens to cut it. Not a single row's, which waits for weights.
@@ -110,10 +115,10 @@ FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const W
 #pragma GCC unroll 4
     for (int u = 0; u < at_a_turn; ++u) {
       if constexpr (kFetchesAhead<R>) __builtin_prefetch(ahead + (i + u) * kLine<Word>, 0, 2);
-      step(sum[u % Sets], (i + u) * a_step, strips + (i + u) * b_step);
+      step(sum[u % Sets], (i + u) * way, strips + (i + u) * b_step);
     }
   }
-  for (; i < k; ++i) step(sum[0], i * a_step, strips + i * b_step);
+  for (; i < k; ++i) step(sum[0], i * way, strips + i * b_step);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -137,7 +142,7 @@ struct Ahead {
 };
 
 template <class F, int NV, int R, int Panels, class RowAt, class Epilogue>
-FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_t a_step,
+FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at,
                                const typename F::Word* packed, int64_t panel_size, int64_t k,
                                Epilogue& epilogue, Ahead next, bool from_end = false) {
   using Word = typename F::Word;
@@ -155,7 +160,7 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_
   const int64_t strip_size = panel_size / (NV / strip);
   const Word* a[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) a[r] = row_at(row + r) + first * a_step;
+  for (int r = 0; r < R; ++r) a[r] = row_at(row + r) + first;
   Tile<typename F::Sum, R, all> tile;
 #pragma GCC unroll 8
   for (int v = 0; v < all; v += width) {
@@ -164,7 +169,7 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_
     const Word* ahead = packed + next.panel * panel_size + part * k * kLine<Word>;
     const auto add_products = [&](const Word* const(&from)[R], int64_t begin,
                                   int64_t end) __attribute__((always_inline)) {
-      multiply<F, strip, width, sets>(tile, v, from, way * a_step, strips + begin * way * b_step,
+      multiply<F, strip, width, sets>(tile, v, from, way, strips + begin * way * b_step,
                                       way * b_step, strip_size, end - begin, begin > 0,
                                       ahead + begin * kLine<Word>);
     };
@@ -174,7 +179,7 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_
       for (int64_t i = 0; i == 0 || i < k; i += kAddedInTurn) {
         const Word* from[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) from[r] = a[r] + i * way * a_step;
+        for (int r = 0; r < R; ++r) from[r] = a[r] + i * way;
         add_products(from, i, std::min(i + kAddedInTurn, k));
       }
     }
@@ -189,21 +194,21 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at, int64_
 // dependent instructions for each vector of units, and two hide each other. from_end: from the last
 // k of the last panel to the first of the first.
 template <class F, int NV, class RowAt, class Epilogue>
-FUSEDRNN_HD void product_of_row(int64_t row, Range panels, RowAt row_at, int64_t a_step,
+FUSEDRNN_HD void product_of_row(int64_t row, Range panels, RowAt row_at,
                                 const typename F::Word* packed, int64_t panel_size, int64_t k,
                                 Epilogue epilogue, bool from_end) {
   constexpr int at_once = kRowPanels<NV>;
   const int64_t pairs = panels.size() / at_once;
   const auto single = [&] __attribute__((always_inline)) {
     if (panels.size() % at_once == 0) return;
-    multiply_rows<F, NV, 1, 1>(row, panels.end - 1, row_at, a_step, packed, panel_size, k, epilogue,
-                               {}, from_end);
+    multiply_rows<F, NV, 1, 1>(row, panels.end - 1, row_at, packed, panel_size, k, epilogue, {},
+                               from_end);
   };
   if (from_end) single();
   for (int64_t i = 0; i < pairs; ++i) {
     const int64_t pair = from_end ? pairs - 1 - i : i;
-    multiply_rows<F, NV, 1, at_once>(row, panels.begin + at_once * pair, row_at, a_step, packed,
-                                     panel_size, k, epilogue, {}, from_end);
+    multiply_rows<F, NV, 1, at_once>(row, panels.begin + at_once * pair, row_at, packed, panel_size,
+                                     k, epilogue, {}, from_end);
   }
   if (!from_end) single();
 }
@@ -230,19 +235,82 @@ constexpr int64_t tile_count(int64_t rows) {
   return (rows + MostRows - 1) / MostRows;
 }
 
+#ifdef FUSEDRNN_MATRIX_UNIT
+// As product_of_tiles, of two rows or more. An epilogue takes a tile's rows by fours.
+template <int NV, class RowAt, class Epilogue>
+FUSEDRNN_HD void product_by_matrix(const Tiles& tiles, Range panels, RowAt row_at,
+                                   const uint32_t* packed, int64_t panel_size, int64_t k,
+                                   Epilogue epilogue, bool from_end) {
+  constexpr int quad = 4;
+  using Quad = Tile<float, quad, NV>;
+  const Range rows = {tiles.begin(tiles.mine.begin), tiles.begin(tiles.mine.end)};
+  // Of the tallest tile, as the last one is: a lower one multiplies a row of the next one too.
+  const int64_t tallest = (tiles.rows.size() + tiles.count - 1) / tiles.count;
+  matrix::take_shape(tallest, k);
+  // Where a panel leaves the first cache.
+  constexpr int64_t first_cache = 32 << 10;
+  const bool in_pairs = k % kLanes<uint32_t> == 0 && k * NV * sizeof(Vec<float>) > first_cache;
+  bool even = true;
+  for (int64_t row = rows.begin + 1; row < rows.end && even; ++row) {
+    even = row_at(row) - row_at(row - 1) == row_at(rows.begin + 1) - row_at(rows.begin);
+  }
+  const auto finish = [&](const Quad* done, int64_t t,
+                          int64_t panel) __attribute__((always_inline)) {
+    const int64_t end = tiles.begin(t + 1);
+    int64_t row = tiles.begin(t);
+    for (; row + quad <= end; row += quad) epilogue(*done++, row, panel);
+    if (row == end) return;
+    with_height<quad - 1>(end - row, [&](auto height) __attribute__((always_inline)) {
+      Tile<float, decltype(height)::value, NV> rest;
+      std::memcpy(&rest, done, sizeof(rest));
+      epilogue(rest, row, panel);
+    });
+  };
+  Quad sums[2][kMatrixRows / quad];
+  Vec<float>* const to[] = {sums[0][0].sum[0], sums[1][0].sum[0]};
+  const auto multiply = [&](auto evenly) __attribute__((always_inline)) {
+    for (int64_t i = panels.begin; i < panels.end; ++i) {
+      const int64_t panel = from_end ? panels.begin + panels.end - 1 - i : i;
+      const uint32_t* right = packed + panel * panel_size;
+      for (int64_t t = tiles.mine.begin; t < tiles.mine.end; ++t) {
+        if (in_pairs && t + 1 < tiles.mine.end) {
+          multiply_matrix_of_two<NV, evenly>(to, row_at, {tiles.begin(t), tiles.begin(t + 1)},
+                                             tallest, right, k);
+          finish(sums[0], t++, panel);
+          finish(sums[1], t, panel);
+        } else {
+          multiply_matrix<NV, evenly>(to[0], row_at, tiles.begin(t), tallest, right, k);
+          finish(sums[0], t, panel);
+        }
+      }
+    }
+  };
+  if (even) {
+    multiply(std::true_type{});
+  } else {
+    multiply(std::false_type{});
+  }
+}
+#endif
+
 // Tiles over rows and panels; row_at(row) points to a row's first element, epilogue(tile, row,
 // panel) takes each finished tile. from_end: the last panel first. The walk's steps read the
 // weights from either end in turn: what the last step left in a cache is used before it has to go.
 template <class F, int NV, int MostRows = kTileRows<F, NV>, class RowAt, class Epilogue>
-FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at, int64_t a_step,
+FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at,
                                   const typename F::Word* packed, int64_t panel_size, int64_t k,
                                   Epilogue epilogue, bool from_end = false) {
   if (tiles.mine.size() <= 0) return;
   if (tiles.rows.size() == 1) {
-    product_of_row<F, NV>(tiles.rows.begin, panels, row_at, a_step, packed, panel_size, k, epilogue,
+    product_of_row<F, NV>(tiles.rows.begin, panels, row_at, packed, panel_size, k, epilogue,
                           from_end);
     return;
   }
+#ifdef FUSEDRNN_MATRIX_UNIT
+  if constexpr (kMatrix<F>) {
+    return product_by_matrix<NV>(tiles, panels, row_at, packed, panel_size, k, epilogue, from_end);
+  }
+#endif
   for (int64_t i = panels.begin; i < panels.end; ++i) {
     const int64_t panel = from_end ? panels.begin + panels.end - 1 - i : i;
     const int64_t next =
@@ -250,20 +318,19 @@ FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at
     for (int64_t t = tiles.mine.begin; t < tiles.mine.end; ++t) {
       const int64_t row = tiles.begin(t);
       with_height<MostRows>(tiles.begin(t + 1) - row, [&](auto r) __attribute__((always_inline)) {
-        multiply_rows<F, NV, decltype(r)::value, 1>(row, panel, row_at, a_step, packed, panel_size,
-                                                    k, epilogue, {next, t - tiles.mine.begin});
+        multiply_rows<F, NV, decltype(r)::value, 1>(row, panel, row_at, packed, panel_size, k,
+                                                    epilogue, {next, t - tiles.mine.begin});
       });
     }
   }
 }
 
 template <class F, int NV, int MostRows = kTileRows<F, NV>, class RowAt, class Epilogue>
-FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, int64_t a_step,
-                         const typename F::Word* packed, int64_t panel_size, int64_t k,
-                         Epilogue epilogue, bool from_end = false) {
+FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, const typename F::Word* packed,
+                         int64_t panel_size, int64_t k, Epilogue epilogue, bool from_end = false) {
   const int64_t count = tile_count<F, NV, MostRows>(rows.size());
-  product_of_tiles<F, NV, MostRows>({rows, count, {0, count}}, panels, row_at, a_step, packed,
-                                    panel_size, k, epilogue, from_end);
+  product_of_tiles<F, NV, MostRows>({rows, count, {0, count}}, panels, row_at, packed, panel_size,
+                                    k, epilogue, from_end);
 }
 
 // For an epilogue that touches lines which no prefetcher foresees: f(row, panel) for the row of the

@@ -64,6 +64,9 @@ class ChunkGradients {
   using W = Word<E>;
   static constexpr int64_t kValues = kValuesPerWord<F>;
   static constexpr int64_t kWidth = kChunkVectors * kLanes<S>;
+  // Rows of a weight's gradient that a thread works on at a time: some whole tiles.
+  static constexpr int64_t kGradientRows = kMatrix<F> ? 2 * kMatrixRows : 24;
+  static_assert(kGradientRows <= kMostGradientRows);
 
   int64_t weight_words() const { return words_of<F>(blocks_.gates * hidden_); }
   int64_t input_panels() const { return panel_count<S>(sizes_.input, kChunkVectors); }
@@ -127,47 +130,48 @@ class ChunkGradients {
     return before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride : d_.h0 + b * output_;
   }
 
-  // Copies `width` columns of `from`, over all rows of the chunk, to this thread's scratch.
+  W* column(int64_t i) const { return columns_ + i * column_words(words_); }
+
+  // `width` columns of `from` become rows of this thread's scratch, one word of k after another.
   void take_columns(const E* from, int64_t stride, int64_t width) const {
-    constexpr int64_t ahead = 16, line = 64 / sizeof(E);
-    for (int64_t row = 0; row < rows_; row += kValues, from += kValues * stride) {
-      for (int64_t r = 0; r < kValues; ++r) {
-        for (int64_t i = 0; i < width; i += line) fetch_to_read(from + (ahead + r) * stride + i);
-      }
-      W* to = columns_ + row / kValues * kGradientRows;
-      if constexpr (kValues == 1) {
-        if (width == kGradientRows) {
-          std::copy(from, from + kGradientRows, to);  // of a length known here
-        } else {
-          std::copy(from, from + width, to);
+    constexpr int lanes = kLanes<W>;
+    for (int64_t word = 0; word < words_; word += lanes) {
+      for (int64_t i = 0; i < width; i += lanes) {
+        Vec<W> block[lanes];
+        for (int r = 0; r < lanes; ++r) {
+          const int64_t row = (word + r) * kValues;
+          const E* at = from + row * stride + i;
+          for (int64_t v = 0; v < kValues; ++v) fetch_to_read(at + (lanes * kValues + v) * stride);
+          block[r] = word_of_rows<F>(row < rows_ ? at : nullptr,
+                                     row + 1 < rows_ ? at + stride : nullptr, width - i);
         }
-      } else {
-        const E* second = row + 1 < rows_ ? from + stride : nullptr;
-        for (int64_t i = 0; i < width; ++i) {
-          to[i] = from[i] | (second == nullptr ? W{0} : static_cast<W>(second[i]) << 16);
+        transpose<W>(block);
+        for (int64_t r = 0; r < std::min<int64_t>(lanes, width - i); ++r) {
+          store(column(i + r) + word, block[r]);
         }
       }
     }
   }
 
-  // What a gradient holds before this chunk's share: nothing yet, at the first one.
-  S before(const S* to) const { return d_.chunk.first ? S(0) : *to; }
-
   // In blocks, whose sums are added in turn: the error grows with a block's length and the number
   // of blocks, not with the number of rows.
   void add_sums(S* to, int64_t width) const {
-    constexpr int64_t block = 16;
-    S sums[kGradientRows] = {};
-    for (int64_t first = 0; first < words_; first += block) {
-      S some[kGradientRows] = {};
-      for (int64_t word = first; word < std::min(first + block, words_); ++word) {
-        for (int64_t i = 0; i < kGradientRows; ++i) {
-          some[i] += F::total(columns_[word * kGradientRows + i]);
+    constexpr int lanes = kLanes<S>;
+    constexpr int64_t block = 16 * lanes;
+    for (int64_t i = 0; i < width; i += lanes) {
+      Vec<S> sums[lanes] = {};
+      for (int64_t r = 0; r < std::min<int64_t>(lanes, width - i); ++r) {
+        for (int64_t first = 0; first < words_; first += block) {
+          Vec<S> some{};
+          for (int64_t word = first; word < std::min(first + block, words_); word += lanes) {
+            some += F::totals(load(column(i + r) + word));
+          }
+          sums[r] += some;
         }
       }
-      for (int64_t i = 0; i < kGradientRows; ++i) sums[i] += some[i];
+      const Vec<S> before = d_.chunk.first ? Vec<S>{} : load(to + i, width - i);
+      store(to + i, before + sums_of<S>(sums), width - i);
     }
-    for (int64_t i = 0; i < width; ++i) to[i] = before(to + i) + sums[i];
   }
 
   // to (width, n) += columns^T (panels of `which`)
@@ -184,8 +188,8 @@ class ChunkGradients {
       put_tile(tile, panel, n, !d_.chunk.first, [&](int r) { return to + (row + r) * n; });
     };
     product<F, kChunkVectors>(
-        rows, panels, [&](int64_t r) { return columns_ + r; }, kGradientRows, args_.panels[which],
-        words_ * kWidth, words_, epilogue);
+        rows, panels, [&](int64_t r) { return column(r); }, args_.panels[which], words_ * kWidth,
+        words_, epilogue);
   }
 
   template <int R, int NV, class RowAt>
@@ -343,8 +347,8 @@ class ChunkGradients {
             return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
           });
         };
-        product_of_tiles<F, kChunkVectors>(tiles, panels, row_at, 1, packed + k * kWidth,
-                                           all * kWidth, size, epilogue);
+        product_of_tiles<F, kChunkVectors>(tiles, panels, row_at, packed + k * kWidth, all * kWidth,
+                                           size, epilogue);
       }
     }
   }
@@ -383,6 +387,7 @@ void backward_chunk(const BackwardArgs<S, E>& args, const Slot& slot) {
   for (int i = 0; i < args.directions; ++i) {
     ChunkGradients<S, E>(kCell, args, args.direction[i], slot).accumulate();
   }
+  release_matrix_unit();
 }
 
 FUSEDRNN_ISA_END

@@ -30,9 +30,12 @@ std::atomic<const Isa*>& current() {
 std::vector<const Isa*> usable_isas() {
   std::vector<const Isa*> isas = {&kBaselineIsa};
 #if defined(__x86_64__)
-  for (const Isa* isa : {&kAvx2Isa, &kAvx512Isa, &kAvx512Bf16Isa}) {
+  for (const Isa* isa : {&kAvx2Isa, &kAvx512Isa, &avx512_bf16_isa()}) {
     if (isa->usable()) isas.push_back(isa);
   }
+  #if defined(__linux__)
+  if (avx512_amx_isa().usable()) isas.push_back(&avx512_amx_isa());
+  #endif
 #endif
   return isas;
 }

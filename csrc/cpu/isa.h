@@ -33,7 +33,7 @@ struct NarrowTable {
 struct Isa {
   const char* name;
   int vector_bytes;
-  bool (*usable)();  // on this machine
+  bool (*usable)() noexcept;  // on this machine
   KernelTable<float> f32;
   KernelTable<double> f64;
   NarrowTable bf16, int8;
@@ -48,12 +48,15 @@ struct Isa {
   }
 };
 
-// Each defined in its own kernels_*.cpp.
+// Each defined in its own kernels_*.cpp; the functions' have another's table in part.
 extern const Isa kBaselineIsa;
 #if defined(__x86_64__)
 extern const Isa kAvx2Isa;
 extern const Isa kAvx512Isa;
-extern const Isa kAvx512Bf16Isa;
+const Isa& avx512_bf16_isa() noexcept;
+  #if defined(__linux__)
+const Isa& avx512_amx_isa() noexcept;
+  #endif
 #endif
 
 // Those usable here, the plainest first.

@@ -26,7 +26,7 @@
 
 namespace fusedrnn {
 
-static bool usable() {
+static bool usable() noexcept {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }

@@ -25,7 +25,7 @@
 
 namespace fusedrnn {
 
-static bool usable() {
+static bool usable() noexcept {
   return kAvx2Isa.usable() && __builtin_cpu_supports("avx512f") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");

@@ -29,12 +29,12 @@
 
 namespace fusedrnn {
 
-static bool usable() {
+static bool usable() noexcept {
   return kAvx512Isa.usable() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vnni");
 }
 
-static Isa with_dot_products(Isa isa) {
+static Isa with_dot_products(Isa isa) noexcept {
   isa.name = "avx512_bf16";
   isa.usable = usable;
   isa.bf16 = avx512_bf16::narrow_table<avx512_bf16::Bf16>();
@@ -42,8 +42,10 @@ static Isa with_dot_products(Isa isa) {
   return isa;
 }
 
-// kAvx512Isa stands from the start (constinit), whatever the order of files.
-const Isa kAvx512Bf16Isa = with_dot_products(kAvx512Isa);
+const Isa& avx512_bf16_isa() noexcept {
+  static const Isa isa = with_dot_products(kAvx512Isa);
+  return isa;
+}
 
 }  // namespace fusedrnn
 #endif

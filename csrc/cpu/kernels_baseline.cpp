@@ -9,7 +9,7 @@
 
 namespace fusedrnn {
 
-static bool usable() { return true; }
+static bool usable() noexcept { return true; }
 
 constinit const Isa kBaselineIsa = {"baseline",
                                     FUSEDRNN_VECTOR_BYTES,

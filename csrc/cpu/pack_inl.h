@@ -382,15 +382,9 @@ void pack_by_column(typename F::Word* packed, int64_t columns, int64_t k, Range 
       if constexpr (kValuesPerWord<F> == 2) second = row_at(2 * i + 1);
       for (int v = 0; v < Vectors; ++v) {
         const int64_t column = (panel * Vectors + v) * lanes;
-        const int64_t valid = columns - column;
-        Vec<W> word{};
-        if constexpr (kValuesPerWord<F> == 1) {
-          if (from != nullptr) word = load(from + column, valid);
-        } else {
-          if (from != nullptr) word = load_bits(from + column, valid);
-          if (second != nullptr) word |= load_bits(second + column, valid) << 16;
-        }
-        store(to + panel_offset<Vectors, lanes>(i, v, k), word);
+        store(to + panel_offset<Vectors, lanes>(i, v, k),
+              word_of_rows<F>(from == nullptr ? from : from + column,
+                              second == nullptr ? second : second + column, columns - column));
       }
     }
   }

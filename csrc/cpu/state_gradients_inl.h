@@ -54,8 +54,7 @@ class StateGradients {
  protected:
   using F = FormatOf<E>;
   static constexpr int kWidth = kStepVectors * kLanes<S>;
-  // Off the hot path low tiles are enough: less code, faster to compile.
-  static constexpr int kSideRows = std::min(3, F::kMostRows);
+  static constexpr int kSideRows = kSideTileRows<F>;
 
   // The zeros as values of type E.
   const E* zeros() const { return reinterpret_cast<const E*>(zeros_); }
@@ -86,7 +85,7 @@ class StateGradients {
   FUSEDRNN_HD void dh_product(int64_t u, Range rows, bool starting, LeftAt left_at,
                               Epilogue epilogue) const {
     const int64_t k = recurrent_words();
-    product<F, kStepVectors, MostRows>(rows, own_output_panels_, left_at, 1, d_.packed.recurrent,
+    product<F, kStepVectors, MostRows>(rows, own_output_panels_, left_at, d_.packed.recurrent,
                                        k * kWidth, starting ? 0 : k, epilogue, u % 2 != 0);
   }
 

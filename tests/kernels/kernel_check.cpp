@@ -226,8 +226,8 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   backward.previous = previous.data();
   backward.panels[0] = rooms.take(pairs * whole(c.input));
   backward.panels[1] = rooms.take(pairs * whole(std::max(P, H)));
-  backward.columns = rooms.take(c.plan.threads() * pairs * kGradientRows);
-  backward.columns_stride = pairs * kGradientRows;
+  backward.columns_stride = column_words(pairs) * kMostGradientRows;
+  backward.columns = rooms.take(c.plan.threads() * backward.columns_stride);
   BackwardDirection<S>& d = backward.direction[0];
   d.reverse = c.reverse;
   d.weights = weights;
