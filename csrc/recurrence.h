@@ -288,7 +288,7 @@ struct BackwardArgs {
   int64_t rows_stride;
   const E** previous;  // scratch: where the states that entered a chunk's steps lie
   Word<E>* panels[2];  // scratch: x and those states as panels, k counting words of rows
-  Word<E>* columns;    // scratch: per thread, (kMostGradientRows, column_words(words of chunk rows))
+  Word<E>* columns;  // scratch: per thread, (kMostGradientRows, column_words(words of chunk rows))
   int64_t columns_stride;
   BackwardDirection<S, E> direction[2];
 };

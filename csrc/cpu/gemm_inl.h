@@ -243,16 +243,17 @@ FUSEDRNN_HD void product_by_matrix(const Tiles& tiles, Range panels, RowAt row_a
                                    Epilogue epilogue, bool from_end) {
   constexpr int quad = 4;
   using Quad = Tile<float, quad, NV>;
-  const Range rows = {tiles.begin(tiles.mine.begin), tiles.begin(tiles.mine.end)};
   // Of the tallest tile, as the last one is: a lower one multiplies a row of the next one too.
   const int64_t tallest = (tiles.rows.size() + tiles.count - 1) / tiles.count;
   matrix::take_shape(tallest, k);
   // Where a panel leaves the first cache.
   constexpr int64_t first_cache = 32 << 10;
   const bool in_pairs = k % kLanes<uint32_t> == 0 && k * NV * sizeof(Vec<float>) > first_cache;
+  const int64_t begin = tiles.begin(tiles.mine.begin);
+  const int64_t end = tiles.begin(tiles.mine.end - 1) + tallest;
   bool even = true;
-  for (int64_t row = rows.begin + 1; row < rows.end && even; ++row) {
-    even = row_at(row) - row_at(row - 1) == row_at(rows.begin + 1) - row_at(rows.begin);
+  for (int64_t row = begin + 1; row + 1 < end && even; ++row) {
+    even = bytes_apart(row_at, row) == bytes_apart(row_at, begin);
   }
   const auto finish = [&](const Quad* done, int64_t t,
                           int64_t panel) __attribute__((always_inline)) {

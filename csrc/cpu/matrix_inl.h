@@ -24,8 +24,8 @@ inline constexpr int kMatrixRows = 16;
 
 namespace matrix {
 
-// Registers: 0 to 3 hold sums. The two others of either side are either one more of it or, of so
-// many rows as they have words, the tail of k.
+// Registers: 0 to 3 hold sums, two more rows, two a panel's words. The second of either is as large
+// as the first one, or has the tail of k.
 inline constexpr int kSums = 4, kLeft[] = {4, 6}, kRight[] = {5, 7};
 
 template <int Register>
@@ -50,8 +50,8 @@ FUSEDRNN_HD void multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Left), "i"(Right));
 }
 
-// What the registers hold: `rows` rows, and how many words the second ones, a whole line or a tail.
-// 0: nothing yet, as before the first product of a call.
+// What the registers are set to: `rows` rows, and `words` of k in the second ones. 0: nothing yet,
+// as before the first product of a call.
 struct Shape {
   uint8_t rows, words;
 };
@@ -90,13 +90,19 @@ FUSEDRNN_HD void for_each_constant(Visit f) {
   }(std::make_integer_sequence<int, Count>{});
 }
 
+// From a row to the next one.
+template <class RowAt>
+FUSEDRNN_HD int64_t bytes_apart(RowAt row_at, int64_t row) {
+  return reinterpret_cast<intptr_t>(row_at(row + 1)) - reinterpret_cast<intptr_t>(row_at(row));
+}
+
 // Rows as a register's load takes them: `rows` of them, equally far apart or, if not Even, copied.
 template <bool Even, class RowAt>
 class MatrixRowsFrom {
  public:
   FUSEDRNN_HD MatrixRowsFrom(RowAt row_at, int64_t row, int64_t rows)
       : row_at_(row_at), row_(row), rows_(rows), first_(row_at(row)) {
-    if constexpr (Even) apart_ = (row_at(row + 1) - first_) * sizeof(uint32_t);
+    if constexpr (Even) apart_ = bytes_apart(row_at, row);
   }
 
   // n words of each row from word i on.
