@@ -80,9 +80,10 @@ Plan plan_team(const Workload& work, int threads) {
   threads = std::min(threads, kMaxThreads);
   const Sizes& s = work.sizes;
   const double recurrent = static_cast<double>(gate_blocks(work.cell)) * s.hidden * s.output;
-  // A training step's weights and their gradients leave it at half the size, and take a part of it
-  // from all else.
-  const double footprint = weights_of(work) * work.weight_size * (work.products > 1 ? 8. / 3 : 1);
+  // Weights take a part of a cache from all else; a training step's leave it with their gradients,
+  // at half the size.
+  const double footprint =
+      weights_of(work) * work.weight_size * (work.products > 1 ? 8. / 3 : 4. / 3);
   const Least least = least_of(work.distance, work.products > 1);
   const bool leaves_cache = footprint > private_cache();
   if (threads <= 1 || multiplications(work) < (leaves_cache ? least.two_caches : least.call)) {
