@@ -29,7 +29,7 @@ class BackwardChunk : public StateGradients<S, E> {
 
  private:
   using Base::dgates, Base::dgates_after, Base::dy_of, Base::each, Base::final_gradient,
-      Base::finish, Base::output_gradients, Base::zeros;
+      Base::finish, Base::from_end, Base::output_gradients, Base::zeros;
   using Base::kSideRows, Base::kWidth;
   using Base::sizes_, Base::schedule_, Base::d_, Base::slot_, Base::zeros_, Base::hidden_,
       Base::output_, Base::own_output_panels_, Base::own_hidden_panels_, Base::own_rows_,
@@ -111,8 +111,8 @@ class BackwardChunk : public StateGradients<S, E> {
 #pragma GCC unroll 1
               for (int r = 0; r < R; ++r) {
                 if (R > 2) {
-                  with_next_tile(rows, own_output_panels_, u % 2 != 0, b0 + R + r, panel, fetch_row,
-                                 fetch_next_step);
+                  with_next_tile(rows, own_output_panels_, from_end(u), b0 + R + r, panel,
+                                 fetch_row, fetch_next_step);
                 }
                 const Row& row = rows_[b0 + r];
 #pragma GCC unroll 2

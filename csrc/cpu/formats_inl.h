@@ -208,14 +208,6 @@ struct Int8
   }
 };
 
-// f(std::integral_constant) for each part of a format's words.
-template <class F, class Visit>
-FUSEDRNN_HD void for_each_part(Visit f) {
-  [&]<int... Part>(std::integer_sequence<int, Part...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, Part>{}), ...);
-  }(std::make_integer_sequence<int, F::kParts>{});
-}
-
 template <class F>
 inline constexpr int kValuesPerWord = std::is_same_v<F, Bf16>   ? 2
                                       : std::is_same_v<F, Int8> ? 4

@@ -73,6 +73,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
     for (int64_t b = mine.begin; b < mine.end; ++b) ::new (&rows_[b]) Row(row_of(t, b));
     const Row* const at_row = rows_;
     const int64_t in_front = joined_inputs_;
+    const bool from_end = turn_ != 0;
     const auto left = [&](int64_t b)
                           __attribute__((always_inline)) { return at_row[b].h_prev - in_front; };
     const auto put_output = [&](int64_t b, int64_t unit, Vec<S> h) __attribute__((always_inline)) {
@@ -143,7 +144,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
       };
       each_row([&](int r, int block, int64_t unit, bool exists) __attribute__((always_inline)) {
         if (R > 2 && block == 0) {
-          with_next_tile(mine, own_panels_, turn_ != 0, b0 + R + r, panel, fetch, fetch_next_step);
+          with_next_tile(mine, own_panels_, from_end, b0 + R + r, panel, fetch, fetch_next_step);
         }
         half[r][block] = exists ? cell.begin(tile.sum[r] + block * kGates, at_row[b0 + r], unit)
                                 : typename CellStep::Half{};
@@ -172,7 +173,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
       this->template multiply_units<kGates>(mine, own_panels_, left_rows(mine, sizes_.output, left),
                                             d_.packed.recurrent, d_.weights.w_hh,
                                             d_.packed.recurrent_scale, sizes_.hidden,
-                                            joined_inputs_ + sizes_.output, apply, turn_ != 0);
+                                            joined_inputs_ + sizes_.output, apply, from_end);
     }
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {
@@ -235,13 +236,12 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
   // Parts write their units of h and read all others': those arrive side by side so, and the lines
   // to be written have become this core's own by the time they are.
   void fetch_states(Range rows) const {
-    constexpr int64_t line = 64 / sizeof(S);
     const Range units = own_units(output_);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       const S* read = state_at(d_.h[turn_], b);
       S* write = state_at(d_.h[turn_ ^ 1], b);
-      for (int64_t i = -joined_; i < output_; i += line) fetch_to_read(read + i);
-      for (int64_t i = units.begin; i < units.end; i += line) fetch_to_write(write + i);
+      for (int64_t i = -joined_; i < output_; i += kLine<S>) fetch_to_read(read + i);
+      for (int64_t i = units.begin; i < units.end; i += kLine<S>) fetch_to_write(write + i);
     }
   }
 

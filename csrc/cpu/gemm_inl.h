@@ -48,10 +48,6 @@ struct Tile {
 // ones before it: the error grows with this number's root, not with k's.
 inline constexpr int64_t kAddedInTurn = 512;
 
-// Words of a cache line.
-template <class Word>
-inline constexpr int64_t kLine = 64 / sizeof(Word);
-
 // Of a tall tile, the next panel is fetched meanwhile: from the shared cache it would come more
 // slowly than its first tile takes it, while this panel's other tiles need nothing from there.
 template <int R>
@@ -72,7 +68,7 @@ FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const W
   using Sums = Vec<typename F::Sum>[R][Width];
   Sums sum[Sets] = {};
   const auto step = [&](Sums& s, int64_t at, const Word* b) __attribute__((always_inline)) {
-    for_each_part<F>([&](auto part) __attribute__((always_inline)) {
+    for_each_constant<F::kParts>([&](auto part) __attribute__((always_inline)) {
       // Words are read again: there are no registers to keep them in.
       if constexpr (part > 0) asm volatile("" ::: "memory");
       const auto left_at = [&](int r) __attribute__((always_inline)) {
@@ -235,6 +231,11 @@ constexpr int64_t tile_count(int64_t rows) {
   return (rows + MostRows - 1) / MostRows;
 }
 
+// The i-th of `panels` that a product takes, counted from panels.begin.
+FUSEDRNN_HD int64_t panel_at(Range panels, int64_t i, bool from_end) {
+  return from_end ? panels.begin + panels.end - 1 - i : i;
+}
+
 #ifdef FUSEDRNN_MATRIX_UNIT
 // As product_of_tiles, of two rows or more. An epilogue takes a tile's rows by fours.
 template <int NV, class RowAt, class Epilogue>
@@ -271,7 +272,7 @@ FUSEDRNN_HD void product_by_matrix(const Tiles& tiles, Range panels, RowAt row_a
   Vec<float>* const to[] = {sums[0][0].sum[0], sums[1][0].sum[0]};
   const auto multiply = [&](auto evenly) __attribute__((always_inline)) {
     for (int64_t i = panels.begin; i < panels.end; ++i) {
-      const int64_t panel = from_end ? panels.begin + panels.end - 1 - i : i;
+      const int64_t panel = panel_at(panels, i, from_end);
       const uint32_t* right = packed + panel * panel_size;
       for (int64_t t = tiles.mine.begin; t < tiles.mine.end; ++t) {
         if (in_pairs && t + 1 < tiles.mine.end) {
@@ -313,9 +314,8 @@ FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at
   }
 #endif
   for (int64_t i = panels.begin; i < panels.end; ++i) {
-    const int64_t panel = from_end ? panels.begin + panels.end - 1 - i : i;
-    const int64_t next =
-        from_end ? std::max(panel - 1, panels.begin) : std::min(panel + 1, panels.end - 1);
+    const int64_t panel = panel_at(panels, i, from_end);
+    const int64_t next = panel_at(panels, std::min(i + 1, panels.end - 1), from_end);
     for (int64_t t = tiles.mine.begin; t < tiles.mine.end; ++t) {
       const int64_t row = tiles.begin(t);
       with_height<MostRows>(tiles.begin(t + 1) - row, [&](auto r) __attribute__((always_inline)) {

@@ -12,25 +12,8 @@
   #include <unistd.h>
 
   #include "cpu/kernels_prelude.h"
-
-  #if defined(__clang__)
-    #pragma clang attribute push(                                                               \
-        __attribute__((target(                                                                  \
-            "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c,prfchw"))), \
-        apply_to = function)
-  #else
-    #pragma GCC push_options
-    #pragma GCC target( \
-        "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c,prfchw")
-  #endif
-
-  #include "cpu/kernels_inl.h"
-
-  #if defined(__clang__)
-    #pragma clang attribute pop
-  #else
-    #pragma GCC pop_options
-  #endif
+  // After everything from outside the region.
+  #include "cpu/kernels_dot_products_inl.h"
 
 namespace fusedrnn {
 

@@ -58,7 +58,7 @@ struct Shape {
 static thread_local Shape t_shape;
 
 inline void take_shape(int64_t rows, int64_t k) {
-  constexpr uint8_t line = 64 / sizeof(uint32_t);
+  constexpr uint8_t line = kLine<uint32_t>;
   const int64_t tail = k % line, words = tail == 0 ? line : tail;
   if (t_shape.rows == rows && t_shape.words == words) return;
   t_shape = {static_cast<uint8_t>(rows), static_cast<uint8_t>(words)};
@@ -81,14 +81,6 @@ inline void take_shape(int64_t rows, int64_t k) {
 }
 
 }  // namespace matrix
-
-// f(std::integral_constant) for 0 to Count - 1.
-template <int Count, class Visit>
-FUSEDRNN_HD void for_each_constant(Visit f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, Count>{});
-}
 
 // From a row to the next one.
 template <class RowAt>

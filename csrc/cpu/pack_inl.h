@@ -112,7 +112,7 @@ FUSEDRNN_HD void multiply_weight_rows(Sums& sums, int first, const typename F::W
   constexpr int lanes = kLanes<typename F::Sum>;
   Vec<typename F::Sum> sum[Sets][R][Group] = {};
   const auto step = [&](auto& s, auto load_at) __attribute__((always_inline)) {
-    for_each_part<F>([&](auto part) __attribute__((always_inline)) {
+    for_each_constant<F::kParts>([&](auto part) __attribute__((always_inline)) {
       const auto left_at = [&](int r) __attribute__((always_inline)) {
         return F::template left<part>(load_at(a[r]));
       };
@@ -267,7 +267,6 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
                                                const BlockRows<E>& rows, Range blocks, Range units,
                                                int64_t column, bool add) {
   constexpr int lanes = kLanes<S>;
-  constexpr int64_t line = 64 / sizeof(E);
   // Narrow pieces of rows lie far apart: no prefetcher follows.
   constexpr int64_t ahead = Vectors == kChunkVectors ? 12 : 0;
   const int64_t valid = rows.columns - column;
@@ -281,7 +280,7 @@ __attribute__((noinline)) void sum_weight_rows(S* to, const E* const (&a)[R],
         const int64_t at = i * rows.units_padded + unit;
         if constexpr (whole && ahead > 0) {
 #pragma GCC unroll 16
-          for (int64_t c = 0; c < Vectors * lanes; c += line) {
+          for (int64_t c = 0; c < Vectors * lanes; c += kLine<E>) {
             fetch_to_read(w + ahead * stride + c);
           }
         }

@@ -80,13 +80,16 @@ class StateGradients {
     return d_.dy == nullptr ? zeros() : d_.dy + io_row(schedule_, packed_row) * d_.dy_stride;
   }
 
+  // Steps read W_hh from either end in turn.
+  static bool from_end(int64_t u) { return u % 2 != 0; }
+
   // Tiles of left_at(b), the dgates that come from step u, times W_hh.
   template <int MostRows, class LeftAt, class Epilogue>
   FUSEDRNN_HD void dh_product(int64_t u, Range rows, bool starting, LeftAt left_at,
                               Epilogue epilogue) const {
     const int64_t k = recurrent_words();
     product<F, kStepVectors, MostRows>(rows, own_output_panels_, left_at, d_.packed.recurrent,
-                                       k * kWidth, starting ? 0 : k, epilogue, u % 2 != 0);
+                                       k * kWidth, starting ? 0 : k, epilogue, from_end(u));
   }
 
   // The gradient of h_n, of rows whose last step it was.

@@ -122,6 +122,18 @@ FUSEDRNN_HD Vec<S> with_first_lanes(Vec<S> v, int64_t n) {
   return lane < static_cast<I>(n) ? v : Vec<S>{};
 }
 
+// f(std::integral_constant) for 0 to Count - 1.
+template <int Count, class Visit>
+FUSEDRNN_HD void for_each_constant(Visit f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, Count>{});
+}
+
+// Values of a cache line.
+template <class S>
+inline constexpr int64_t kLine = 64 / sizeof(S);
+
 // The line at an address into the cache, to be read, or to be written too.
 template <class S>
 FUSEDRNN_HD void fetch_to_read(const S* from) {
@@ -135,8 +147,8 @@ FUSEDRNN_HD void fetch_to_write(S* to) {
 // The first lines of a row of n values.
 template <class S>
 FUSEDRNN_HD void fetch_row(const S* from, int64_t n) {
-  constexpr int64_t line = 64 / sizeof(S), most = 8 * line;
-  for (int64_t i = 0; i < std::min(n, most); i += line) fetch_to_read(from + i);
+  constexpr int64_t most = 8 * kLine<S>;
+  for (int64_t i = 0; i < std::min(n, most); i += kLine<S>) fetch_to_read(from + i);
 }
 
 // The same vector, of which the compiler knows nothing: it stays in a register, where g++ 12 may
