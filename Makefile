@@ -73,13 +73,17 @@ SANITIZE_ISAS := baseline avx2 avx512
 
 build/sanitize/%.o: %.cpp $(filter %.h,$(CSRC) $(wildcard tests/kernels/*))
 	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE_FLAGS) -Icsrc -c $< -o $@
+	$(CXX) $(SANITIZE_FLAGS) -Icsrc -I. -c $< -o $@
 
 build/sanitize/kernel_check: $(SANITIZE_OBJECTS)
 	$(CXX) $(SANITIZE_FLAGS) $^ -pthread -o $@
 
-sanitize: build/sanitize/kernel_check  ## the kernels alone under AddressSanitizer and UndefinedBehaviorSanitizer
+build/sanitize/matrix_check: build/sanitize/tests/kernels/matrix_check.o
+	$(CXX) $(SANITIZE_FLAGS) $^ -o $@
+
+sanitize: build/sanitize/kernel_check build/sanitize/matrix_check  ## the kernels alone under AddressSanitizer and UndefinedBehaviorSanitizer
 	for isa in $(SANITIZE_ISAS); do $< $$isa || exit 1; done
+	build/sanitize/matrix_check
 
 cuda-probe:  ## compile build/cuda/probe, which measures a GPU; needs nvcc, no GPU
 	bash scripts/build_cuda_probe.sh

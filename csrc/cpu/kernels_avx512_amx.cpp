@@ -5,7 +5,7 @@
   #define FUSEDRNN_VECTOR_BYTES 64
   #define FUSEDRNN_ACCUMULATORS 24
   #define FUSEDRNN_DOT_PRODUCTS
-  #define FUSEDRNN_MATRIX_UNIT
+  #define FUSEDRNN_MATRIX_UNIT "cpu/amx_inl.h"
 
   #include <cpuid.h>
   #include <sys/syscall.h>

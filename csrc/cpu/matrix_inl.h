@@ -1,11 +1,14 @@
 // Products by a matrix unit (AMX): one instruction multiplies up to 16 rows of 16 words with 16
 // words of a panel's vector.
 //
-// FUSEDRNN_MATRIX_UNIT, from the kernel file: there is one. Its instructions are written out: g++
-// 12's intrinsics do not say that a tile's load reads memory.
+// FUSEDRNN_MATRIX_UNIT, from the kernel file: there is one, and the header that has its
+// instructions.
 #pragma once
 
 #include "cpu/formats_inl.h"
+#ifdef FUSEDRNN_MATRIX_UNIT
+  #include FUSEDRNN_MATRIX_UNIT
+#endif
 
 FUSEDRNN_ISA_BEGIN
 
@@ -27,28 +30,6 @@ namespace matrix {
 // Registers: 0 to 3 hold sums, two more rows, two a panel's words. The second of either is as large
 // as the first one, or has the tail of k.
 inline constexpr int kSums = 4, kLeft[] = {4, 6}, kRight[] = {5, 7};
-
-template <int Register>
-FUSEDRNN_HD void zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(Register));
-}
-
-// Rows `bytes` apart.
-template <int Register>
-FUSEDRNN_HD void load(const void* from, int64_t bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(Register) : "memory");
-}
-
-template <int Register>
-FUSEDRNN_HD void store(void* to, int64_t bytes) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(bytes), "i"(Register) : "memory");
-}
-
-// Denormals count as zero, whatever the thread's flags.
-template <int Sum, int Left, int Right>
-FUSEDRNN_HD void multiply() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Left), "i"(Right));
-}
 
 // What the registers are set to: `rows` rows, and `words` of k in the second ones. 0: nothing yet,
 // as before the first product of a call.
@@ -77,7 +58,7 @@ inline void take_shape(int64_t rows, int64_t k) {
   has(kRight[0], line, line);
   has(kLeft[1], t_shape.rows, t_shape.words);
   has(kRight[1], t_shape.words, line);
-  asm volatile("ldtilecfg %0" ::"m"(config));
+  configure(&config);
 }
 
 }  // namespace matrix
@@ -174,7 +155,7 @@ FUSEDRNN_HD void multiply_matrix_of_two(Vec<float>* const (&sums)[2], RowAt row_
 inline void release_matrix_unit() {
 #ifdef FUSEDRNN_MATRIX_UNIT
   if (matrix::t_shape.rows == 0) return;
-  asm volatile("tilerelease");
+  matrix::release();
   matrix::t_shape = {};
 #endif
 }
