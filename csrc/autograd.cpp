@@ -227,6 +227,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer(
     const OptionalTensor& batch_sizes, const OptionalTensor& reset, const OptionalTensor& h0,
     const OptionalTensor& c0, const std::vector<at::Tensor>& params, bool has_biases,
     bool bidirectional) {
+  // The op's form without an axis of steps is cell_step's.
+  TORCH_CHECK_VALUE(x.dim() == (batch_sizes ? 2 : 3), "x: expected shape ",
+                    batch_sizes ? "(N, input_size)" : "(T, B, input_size)", ", got ", x.sizes());
   if (!records(x, h0, c0, params)) {
     auto [y, h_n, c_n, gates, cells] =
         forward_op()(mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases,

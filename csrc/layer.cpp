@@ -68,6 +68,8 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
   sizes.input = x.size(-1);
   sizes.hidden = w_ih.size(0) / gates;
   sizes.output = sizes.projected ? w_hh.size(1) : sizes.hidden;
+  TORCH_CHECK_VALUE(sizes.output > 0, "params[1] (w_hh): expected shape (", gates,
+                    " * hidden_size, proj_size) with proj_size > 0, got ", w_hh.sizes());
   for (int d = 0; d < directions; ++d) {
     const int64_t rows_of_gates = gates * sizes.hidden;
     check_like("w_ih", param(in.params, d, 0), {rows_of_gates, sizes.input}, x);
@@ -183,6 +185,8 @@ void check_backward(const Layer& layer, const BackwardInputs& in, const c10::Lis
   if (has_cell_state(layer.cell)) {
     like_x("dc_n", in.dc_n, layer.state_shape(layer.sizes.hidden));
     check("cells", in.cells, {layer.rows, d, units}, layer.accumulate, saved);
+  } else {
+    TORCH_CHECK_VALUE(!in.dc_n || in.dc_n->numel() == 0, "dc_n: only the LSTM has a cell state");
   }
   if (saved_blocks(layer.cell) > 1) {
     check("gates", in.gates, {layer.rows, d, layer.saved_width()}, layer.dtype, saved);

@@ -58,12 +58,13 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return text + (shape.size() == 1 ? ",)" : ")");
 }
 
-// What a call's input is: `leading` axes of steps, then the batch unless it is one row, then I.
+// How many steps a call takes, and the shape of what it returns.
 struct Shape {
   int64_t steps;
   std::vector<int64_t> result;
 };
 
+// Input is (T) steps of a sequence, then (B) unless it is one row, then I.
 Shape shape_of(const Stream& stream, const std::vector<int64_t>& given, bool sequence) {
   const size_t lead = sequence ? 1 : 0;
   const bool batched = given.size() == lead + 2;
@@ -132,8 +133,8 @@ py::object run_any(Stream& stream, const py::object& x, bool sequence) {
 std::tuple<at::Tensor, at::Tensor> get_state(const Stream& stream, int64_t index) {
   const FrozenLayer& layer = stream.layer(index);
   const int64_t units = has_cell_state(layer.cell) ? layer.sizes.hidden : 0;
-  at::Tensor h = at::empty({stream.batch(), layer.sizes.output});
-  at::Tensor c = at::empty({stream.batch(), units});
+  at::Tensor h = at::empty({stream.batch(), layer.sizes.output}, at::kFloat);
+  at::Tensor c = at::empty({stream.batch(), units}, at::kFloat);
   layer.get_state(h.mutable_data_ptr<float>(), c.mutable_data_ptr<float>());
   return {h, c};
 }

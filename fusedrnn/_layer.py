@@ -57,6 +57,9 @@ def layer(
     Arguments and results are those of :func:`fusedrnn.reference.layer_forward`. Shapes and dtypes
     are checked by the operator.
     """
+    if x.dim() != (3 if batch_sizes is None else 2):
+        expected = "(T, B, input_size)" if batch_sizes is None else "(N, input_size)"
+        raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
     compiling = _is_compiling()
     transformed = _traced_transforms() if compiling else _transforms_active()
     if forward_ad._current_level >= 0 or (transformed and compiling):
@@ -137,7 +140,7 @@ class LayerFunction(Function):
             return (None,) * len(needed)
         wanted = [needed[_X], needed[_H0], needed[_C0], *needed[_PARAMS:]]
         dx, dh0, dc0, *dparams = layer_backward(
-            *ctx.options, wanted, (dy, dh_n, dc_n), ctx.saved_tensors
+            *ctx.options, wanted, (dy, dh_n, dc_n), ctx.saved_tensors, _is_compiling()
         )
         return None, None, None, dx, None, None, None, dh0, dc0, *dparams
 
@@ -149,23 +152,26 @@ def layer_backward(
     wanted: list[bool],
     cotangents: Sequence[Tensor | None],
     saved: Sequence[Any],
+    compiling: bool = False,
 ) -> list[Tensor | None]:
     """The gradients of x, h0, c0 and params, None where not wanted.
 
     Args:
         cotangents: dy, dh_n, dc_n.
         saved: x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, then the params.
+        compiling: whether this call is being traced; another thread's trace does not count.
     """
     dy, dh_n, dc_n = cotangents
     x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params = saved
-    if forward_ad._current_level >= 0 or _batched_by_autograd(dy, dh_n, dc_n):
+    batched = not compiling and _batched_by_autograd(dy, dh_n, dc_n)
+    if forward_ad._current_level >= 0 or batched:
         with autocast_disabled(x):
             *states, dparams = reference.layer_backward(
                 mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
                 has_biases, bidirectional,
             )  # fmt: skip
         gradients = [*states, *dparams]
-    elif not _is_compiling() and (torch.is_grad_enabled() or _transforms_active()):
+    elif not compiling and (torch.is_grad_enabled() or _transforms_active()):
         gradients = BackwardFunction.apply(
             mode, has_biases, bidirectional, wanted, lengths, batch_sizes, reset, y, gates, cells,
             dy, dh_n, dc_n, x, h0, c0, *params,
@@ -274,8 +280,6 @@ def _batched_by_autograd(*grads: Tensor | None) -> bool:
 
     It has a vmap of its own, which knows no batching rule of an operator with lists of tensors.
     """
-    if _is_compiling():
-        return False
     return any(grad is not None and _is_legacy_batched(grad) for grad in grads)
 
 

@@ -196,3 +196,37 @@ def test_compiled_autograd(name: str) -> None:
     with torch._dynamo.config.patch(compiled_autograd=True):
         torch.compile(lambda: y.backward(graph.dy), backend="eager")()
     assert oracle.same_bits(expected, [leaf.grad for leaf in graph.leaves])
+
+
+@with_modules
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("transformed", [False, True])
+def test_a_layer_wants_an_axis_of_steps(name: str, learns: bool, transformed: bool) -> None:
+    """The op takes a cell's step without one, whose results are others."""
+    function = getattr(fusedrnn.autograd, f"{name}Function")
+    params = [p.detach().requires_grad_(learns) for p in MODULES[name](INPUT, HIDDEN).parameters()]
+    states = (None, None) if name == "LSTM" else (None,)
+
+    def call(x: Tensor) -> Tensor:
+        return function.apply(x, *states, params)[0]
+
+    x = torch.randn(B, INPUT)
+    with pytest.raises(ValueError, match=r"x: expected shape \(T, B, input_size\), got"):
+        torch.func.vjp(call, x) if transformed else call(x)
+
+
+def test_a_trace_in_another_thread_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's flag of an ongoing torch.compile is the whole process's."""
+    gru, x = fusedrnn.GRU(INPUT, HIDDEN), torch.randn(T, B, INPUT, requires_grad=True)
+
+    def second_order() -> Tensor:
+        y = gru(x)[0].sum()
+        with monkeypatch.context() as patch:
+            patch.setattr(_layer, "_is_compiling", lambda: True)
+            (first,) = torch.autograd.grad(y, x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    expected = torch.autograd.functional.jacobian(
+        lambda v: torch.autograd.grad(gru(v)[0].sum(), v, create_graph=True)[0].square().sum(), x
+    )
+    torch.testing.assert_close(second_order(), expected)

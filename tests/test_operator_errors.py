@@ -11,7 +11,7 @@ import torch
 
 import fusedrnn
 import oracle
-from fusedrnn import _C
+from fusedrnn import _C, _layer
 
 T, B, INPUT, HIDDEN = 5, 3, 4, 6
 forward_op = torch.ops.fusedrnn.layer_forward.default
@@ -32,6 +32,41 @@ def test_a_wide_projection_with_resets() -> None:
     found = forward_op(*args, False)[:3]
     expected = fusedrnn.reference.layer_forward(*args)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+def test_an_input_without_features(mode: str, isa: str) -> None:
+    """The functional form takes it: the biases and the state are all there is."""
+    rows = fusedrnn.reference.GATES[mode] * 64
+    params = [torch.randn(rows, n) / 8 for n in (0, 64)] + [torch.randn(rows) for _ in range(2)]
+    x = torch.zeros(6, 40, 0)
+
+    def results(layer: Callable, dtype: torch.dtype, learns: bool) -> list[torch.Tensor]:
+        own = [p.to(dtype).requires_grad_(learns) for p in params]
+        y = layer(mode, x.to(dtype), None, None, None, None, None, own, True, False)[0]
+        return [y, *torch.autograd.grad(y.square().sum(), own[1:])] if learns else [y]
+
+    for learns in (False, True):
+        expected = results(fusedrnn.reference.layer_forward, torch.float64, learns)
+        for count in (1, 2):
+            with oracle.num_threads(count):
+                found = results(_layer.layer, torch.float32, learns)
+            for got, right in zip(found, expected, strict=True):
+                torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4)
+
+
+def test_a_projection_to_nothing() -> None:
+    params = [torch.randn(256, n) for n in (64, 0)] + [torch.randn(256)] * 2 + [torch.randn(0, 64)]
+    x = torch.randn(2, 64, 64)
+    with pytest.raises(ValueError, match=r"w_hh.*proj_size > 0, got \[256, 0\]"):
+        forward_op("LSTM", x, None, None, None, None, None, params, True, False, False)
+
+
+@pytest.mark.parametrize("mode", ["GRU", "RNN_TANH"])
+def test_a_gradient_of_a_cell_state_that_is_not_there(mode: str) -> None:
+    call = RawCall(mode)
+    with pytest.raises(ValueError, match="dc_n: only the LSTM has a cell state"):
+        call.backward(dc_n=torch.ones(1))
 
 
 class RawCall:

@@ -87,6 +87,29 @@ def test_the_distance_of_threads_changes_no_bit(
     assert oracle.same_bits(found[0], found[2])
 
 
+# Of the whole call seven rows would share the units; of those that a chunk has, two threads take
+# a row and three.
+@pytest.mark.parametrize(
+    "lengths", [(200, 40, 30, 20, 0, 0, 0), (173, 79, 79, 79, 73, 73, 73)], ids=["empty", "chunks"]
+)
+def test_the_distance_of_threads_changes_no_bit_of_ragged_rows(
+    isa: str, assume_threads: Callable[[str], None], lengths: tuple[int, ...]
+) -> None:
+    net = fusedrnn.LSTM(1, 32)
+    x, rows = torch.randn(max(lengths), 7, 1), torch.tensor(lengths)
+    with oracle.num_threads(2):
+        found = []
+        for distance in ("near", "far", "measured"):
+            assume_threads(distance)
+            y, state = net(x, lengths=rows)
+            with torch.no_grad():
+                alone = net(x, lengths=rows)[0]
+            grads = torch.autograd.grad(y.square().sum(), list(net.parameters()))
+            found.append([y.detach(), state[1].detach(), alone, *grads])
+    assert oracle.same_bits(found[0], found[1])
+    assert oracle.same_bits(found[0], found[2])
+
+
 def test_the_distance_is_one_that_there_is() -> None:
     with pytest.raises(ValueError, match="distance: expected 'near', 'far' or 'measured', got 'x'"):
         _C.assume_threads("x")

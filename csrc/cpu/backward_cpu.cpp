@@ -169,7 +169,8 @@ class BackwardRun {
 
   void fill_states() {
     const Values<E> h0(in_.layer.h0);
-    const Values<S> c0(in_.layer.c0), dh_n(in_.dh_n), dc_n(in_.dc_n);
+    const Values<S> c0(in_.layer.c0), dh_n(in_.dh_n);
+    const Values<S> dc_n(has_cell_state(layer_.cell) ? in_.dc_n : std::nullopt);
     const int64_t outputs = layer_.batch * layer_.sizes.output;
     const int64_t units = layer_.batch * layer_.sizes.hidden;
     const auto part = [](const auto& v, int64_t at) {

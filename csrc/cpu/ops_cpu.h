@@ -100,7 +100,7 @@ inline at::Tensor zero_tensor(at::IntArrayRef shape, const at::TensorOptions& op
   return empty_tensor(shape, options).zero_();
 }
 
-// So many are zeroed before a second thread pays.
+// So many bytes are zeroed before a second thread pays.
 inline constexpr int64_t kPaddingBytes = int64_t{256} << 10;
 
 // Writes zeros to the rows of t, (T, B, .) like x, that are padding.
@@ -228,23 +228,33 @@ inline Workload workload_of(const Layer& layer, const Schedule& schedule, int pr
   return work;
 }
 
-// The same while one chunk is walked, which may begin with fewer rows than the first step has.
-template <class Direction>
-Workload workload_in_chunk(Workload work, const Schedule& schedule, const Direction* directions) {
-  work.batch = 0;
-  for (int d = 0; d < work.directions; ++d) {
-    work.batch = std::max(work.batch, schedule.rows[directions[d].chunk.begin]);
+// The same while a chunk is walked that begins with so many rows. A plan for these may share rows
+// where one for all would not, and must then be the same at any distance.
+inline Workload with_rows(Workload work, int64_t rows) {
+  work.batch = rows;
+  if (work.distance != Distance::kUnknown && !depends_on_distance(work, at::get_num_threads())) {
+    work.distance = Distance::kUnknown;
   }
   return work;
 }
 
+template <class Direction>
+Workload workload_in_chunk(const Workload& work, const Schedule& schedule,
+                           const Direction* directions) {
+  int64_t rows = 0;
+  for (int d = 0; d < work.directions; ++d) {
+    rows = std::max(rows, schedule.rows[directions[d].chunk.begin]);
+  }
+  return with_rows(work, rows);
+}
+
 // The most threads that any chunk is walked by.
-inline int most_threads(Workload work, const Schedule& schedule,
+inline int most_threads(const Workload& work, const Schedule& schedule,
                         const std::vector<int64_t>& bounds) {
   int threads = 1;
   for (size_t i = 0; i + 1 < bounds.size(); ++i) {
-    work.batch = schedule.rows[bounds[i]];
-    threads = std::max(threads, plan_team(work, at::get_num_threads()).threads());
+    const Workload now = with_rows(work, schedule.rows[bounds[i]]);
+    threads = std::max(threads, plan_team(now, at::get_num_threads()).threads());
   }
   return threads;
 }

@@ -117,7 +117,8 @@ Plan plan_team(const Workload& work, int threads) {
 
 bool joins_input(Workload work, int threads, int vector_bytes) {
   // Neither a GRU, whose n needs its two halves apart, nor narrow values, which are converted.
-  if (keeps_n_apart(work.cell) || work.weight_size != work.value_size || is_one_step(work)) {
+  if (keeps_n_apart(work.cell) || work.weight_size != work.value_size || is_one_step(work) ||
+      work.sizes.input == 0) {
     return false;
   }
   // What is saved is that gates are not written and read again. What it costs is that W_ih is read
