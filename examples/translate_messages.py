@@ -194,7 +194,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     program.start(args)
-    pairs, held_out = load(args.seed, args.pairs)
+    try:
+        pairs, held_out = load(args.seed, args.pairs)
+    except ImportError as error:  # whose translations they are
+        program.missing(error)
     subwords = Subwords(pairs, args.vocabulary)
     for name, part in (("to learn from", pairs), ("held out", held_out)):
         counts = ", ".join(f"{sum(p.kind == kind for p in part)} {kind}s" for kind in KINDS)

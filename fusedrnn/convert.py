@@ -29,8 +29,9 @@ def convert(module: nn.Module) -> nn.Module:
 
     The new modules share the old ones' very Parameters, hooks, parametrizations and submodules, and
     keep their training flags, so optimizers and handles stay valid. A module that is used at
-    several places stays one module. Subclasses of torch.nn's modules that users wrote are left
-    alone.
+    several places stays one module. Left alone are subclasses of torch.nn's modules that users
+    wrote, and modules with a ``forward`` of their own. What ``module.compile()`` made of a module
+    that is replaced is not kept, as it calls the old one.
 
     Returns:
         ``module`` itself, or its replacement where it is a recurrent module.
@@ -51,7 +52,11 @@ def _swap(root: nn.Module, classes: dict[type, type]) -> nn.Module:
     if not isinstance(root, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(root).__name__}")
     modules = list(root.modules())
-    swapped = {m: _replacement(m, classes) for m in modules if _plain_class(m) in classes}
+    swapped = {
+        m: _replacement(m, classes)
+        for m in modules
+        if _plain_class(m) in classes and "forward" not in vars(m)
+    }
     for parent in modules:
         for name, child in parent._modules.items():
             if child in swapped:
@@ -79,6 +84,7 @@ def _replacement(old: nn.Module, classes: dict[type, type]) -> nn.Module:
     # The dictionaries of parameters, hooks and submodules are shared as they are: handles of hooks
     # refer to them, and what is assigned to either module's parameters is seen by both.
     new.__dict__.update(old.__dict__)
+    new.__dict__.pop("_compiled_call_impl", None)  # bound to the old one
     for hook in new._load_state_dict_pre_hooks.values():
         # Alone of all hooks these may hold their module, by a weak reference, not be handed it.
         if getattr(hook, "with_module", False):

@@ -3,7 +3,7 @@
 This file is meant to be read, and is what the kernels are tested against. It knows nothing of the
 compiled extension. Both entry points are written with out-of-place torch operations only, without a
 Python branch on a tensor's value, so that autograd, forward-mode AD and ``torch.func``
-differentiate them to any order; ``fusedrnn.autograd`` falls back on them wherever no kernel has
+differentiate them to any order; ``fusedrnn._layer`` falls back on them wherever no kernel has
 that derivative.
 
 Sources: LSTM, Hochreiter & Schmidhuber 1997 with the forget gate of Gers, Schmidhuber & Cummins
@@ -314,7 +314,7 @@ class _Packing:
     def __init__(self, batch_sizes: Tensor, device: torch.device) -> None:
         sizes = batch_sizes.tolist()
         self.steps, self.batch = len(sizes), sizes[0]
-        rows = torch.arange(self.batch)
+        rows = torch.arange(self.batch, device=batch_sizes.device)
         alive = rows < batch_sizes.unsqueeze(1)
         starts = (batch_sizes.cumsum(0) - batch_sizes).unsqueeze(1)
         self.lengths = alive.sum(0).to(device)

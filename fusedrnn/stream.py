@@ -39,11 +39,13 @@ class Stream:
     The state starts as zeros. An object serves one thread at a time; :meth:`fork` gives each its
     own state over the same weights. A call of less than 4 M multiplications runs on the calling
     thread alone unless it is one of many that follow each other within 5 ms: else the other threads
-    of ``torch.get_num_threads()`` sleep, and waking them takes longer. The results are the same.
+    of ``torch.get_num_threads()`` sleep, and waking them takes longer. The results are the same,
+    where threads share out the rows of a batch to rounding.
 
     Raises:
         TypeError: module or weights are of another kind.
-        ValueError: the module is bidirectional, or batch_size is below 1.
+        ValueError: the module is bidirectional, a hook computes a weight of it, batch_size is no
+            integer or below 1, or rows of weights are too long for sums of int8.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class Stream:
 
     def fork(self) -> Stream:
         """Another stream over the same weights, which it shares, with a state of its own, zeros."""
-        other = object.__new__(Stream)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._stream = self._stream.fork()
         return other
@@ -157,7 +159,8 @@ class Stream:
         return _plain(value)
 
 
-# Products of two 8-bit values, of at most 127 each, are added up in 32 bits.
+# Products of two values of at most 127 each are added up in 32 bits. Kernels that multiply by a
+# value + 128 instead, and take the surplus off afterwards, may wrap around meanwhile.
 _MOST_INT8_PRODUCTS = (2**31 - 1) // 127**2
 
 
@@ -175,6 +178,15 @@ def _plain(t: Tensor) -> Tensor:
     return t.detach().to("cpu", torch.float32).resolve_neg().contiguous()
 
 
+def _weight(module: nn.Module, name: str) -> Tensor | None:
+    if module._forward_pre_hooks and isinstance(vars(module).get(name), Tensor):
+        raise ValueError(
+            f"module: {name} is computed by a hook of each forward call and may be out of date: "
+            "make it a parameter first (prune.remove, remove_weight_norm)"
+        )
+    return getattr(module, name, None)
+
+
 def _layers_of(module: nn.Module) -> list[tuple[str, list[Tensor | None]]]:
     """The mode and w_ih, w_hh, b_ih, b_hh, w_hr of each layer, None for what it lacks."""
     if isinstance(module, nn.RNNBase):
@@ -185,7 +197,7 @@ def _layers_of(module: nn.Module) -> list[tuple[str, list[Tensor | None]]]:
             )
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
         return [
-            (module.mode, [getattr(module, f"{name}_l{layer}", None) for name in names])
+            (module.mode, [_weight(module, f"{name}_l{layer}") for name in names])
             for layer in range(module.num_layers)
         ]
     for kind, mode in ((nn.LSTMCell, "LSTM"), (nn.GRUCell, "GRU"), (nn.RNNCell, "RNN")):
@@ -193,7 +205,7 @@ def _layers_of(module: nn.Module) -> list[tuple[str, list[Tensor | None]]]:
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             if mode == "RNN":
                 mode = f"RNN_{module.nonlinearity.upper()}"
-            return [(mode, [*(getattr(module, name) for name in names), None])]
+            return [(mode, [*(_weight(module, name) for name in names), None])]
     raise TypeError(
         "module must be an RNN, LSTM, GRU or one of their cells, got " + type(module).__name__
     )

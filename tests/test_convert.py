@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from typing import Any
 
 import pytest
@@ -222,3 +223,17 @@ def test_a_model_without_recurrence_is_left_alone() -> None:
     children = list(model)
     assert fusedrnn.convert(model) is model
     assert all(a is b for a, b in zip(model, children, strict=True))
+
+
+def test_what_is_bound_to_the_old_module_does_not_go_along() -> None:
+    x = torch.randn(5, 2, 3)
+    compiled = nn.LSTM(3, 4, 2, dropout=0.5)
+    compiled.compile(backend="eager")
+    fused = fusedrnn.convert(compiled).eval()
+    assert fused(x)[0].equal(fused(x)[0]), "dropout of the old module"
+    assert fused(x, lengths=torch.tensor([5, 3]))[0][4, 1].eq(0).all()
+
+    patched = nn.GRU(3, 4)
+    patched.forward = types.MethodType(nn.GRU.forward, patched)
+    model = nn.Sequential(patched)
+    assert fusedrnn.convert(model)[0] is patched

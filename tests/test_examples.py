@@ -60,15 +60,23 @@ def test_long_memory(tmp_path: Path) -> None:
             assert result["error_torch"] == pytest.approx(result["error_fused"], rel=1e-3)
 
 
-def test_a_missing_package_is_named(tmp_path: Path) -> None:
-    (tmp_path / "babel.py").write_text("raise ImportError('gone', name='babel')")
+# wagtail is wanted for its translations alone, which a module without a folder does not have.
+@pytest.mark.parametrize(
+    ("program", "package", "code"),
+    [
+        ("translate_dates", "babel", "raise ImportError('gone', name='babel')"),
+        ("translate_messages", "wagtail", ""),
+    ],
+)
+def test_a_missing_package_is_named(program: str, package: str, code: str, tmp_path: Path) -> None:
+    (tmp_path / f"{package}.py").write_text(code)
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(fusedrnn.__file__).resolve().parents[1]}"}
-    command = [sys.executable, str(EXAMPLES / "translate_dates.py"), "--tiny"]
+    command = [sys.executable, str(EXAMPLES / f"{program}.py"), "--tiny", "--out", str(tmp_path)]
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 1
-    expected = "needs the package babel, which `make example-translate_dates` installs"
+    expected = f"needs the package {package}, which `make example-{program}` installs"
     assert expected in done.stderr
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import resource
 import threading
 import time
 from collections.abc import Callable
@@ -13,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fusedrnn
 import oracle
 from fusedrnn import Stream
 from stream_oracle import KINDS, ROUNDED, SIZES, make, make_input, plain
+from test_memory import in_a_process_of_its_own
 
 # A value near the middle of two levels may go either way: then a state is one level off.
 LEVEL = {torch.float32: 0.0, torch.bfloat16: 2e-3, torch.int8: 8e-3}
@@ -160,6 +161,36 @@ def test_a_fork_has_its_own_state() -> None:
     )
 
 
+def test_a_fork_of_a_subclass() -> None:
+    class Own(Stream):
+        pass
+
+    assert type(Own(make("GRU", (3, 4, 1, 1))).fork()) is Own
+
+
+def test_the_state_is_float32_whatever_the_default() -> None:
+    stream = Stream(make("LSTM", (3, 4, 1, 1)))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(s.dtype == torch.float32 for s in stream.state)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_a_weight_that_a_hook_computes_is_refused() -> None:
+    """It may be older than the parameters: here they change after it was computed."""
+    module = nn.GRU(3, 4)
+    prune.l1_unstructured(module, "weight_hh_l0", 0.5)
+    with torch.no_grad():
+        module.weight_hh_l0_orig.mul_(3)
+    with pytest.raises(ValueError, match="module: weight_hh_l0 is computed by a hook"):
+        Stream(module)
+    prune.remove(module, "weight_hh_l0")
+    x = torch.randn(6, 3)
+    torch.testing.assert_close(Stream(module).run(x), module(x)[0])
+
+
 def test_frozen() -> None:
     module, x = make("GRU", (5, 9, 1, 1)), torch.randn(4, 5)
     before = copy.deepcopy(module.state_dict())
@@ -278,17 +309,20 @@ def test_another_thread_is_refused() -> None:
 
 
 def test_bounded_memory() -> None:
-    module = make("GRU", (16, 32, 2, 1))
-    stream = Stream(module, weights=torch.bfloat16)
+    in_a_process_of_its_own("""
+    import torch, fusedrnn, test_memory
+    stream = fusedrnn.Stream(fusedrnn.GRU(16, 32, num_layers=2), weights=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
 
-    def spend(count: int) -> int:
+    def spend(count):
         for steps in torch.randint(0, 900, (count,), generator=generator).tolist():
             stream.run(torch.zeros(steps, 16))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return test_memory.peak()
 
     before = spend(200)
-    assert spend(1000) - before < 4096, "kilobytes"
+    grown = spend(1000) - before
+    assert grown < 4 << 20, grown
+    """)
 
 
 def test_negated_views() -> None:

@@ -47,10 +47,17 @@ class AttentionDecoder(nn.Module):
     Args:
         num_embeddings: size of the vocabulary, V.
         embedding_size: features of a token.
+        hidden_size: features of the state, H.
         memory_size: features of the memory's states; None without attention.
+        attention: one of the kinds above.
         attention_scale: scale of :class:`Attention`.
+        input_feeding: whether a_t joins the next step's input (Luong's kinds only).
         cell, num_layers, residual, dropout: of the stack; dropout also before the logits.
         padding_idx: a token whose embedding stays zero.
+
+    Raises:
+        ValueError: for another attention or cell, a size below 1, a memory_size without attention
+            or the other way round, input feeding without Luong's attention.
     """
 
     def __init__(
@@ -106,11 +113,14 @@ class AttentionDecoder(nn.Module):
     def step(
         self, tokens: Tensor, state: DecoderState, memory: Memory | None = None
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
-        """One step: tokens (B,) to logits (B, V), the next state, weights (B, S) or None.
+        """One step: tokens (B,), int64 or int32, to logits (B, V), the next state, and weights
+        (B, S) or None.
 
         Raises:
-            ValueError: for an absent memory, or one without attention.
+            TypeError, ValueError: for tokens that do not fit, an absent memory, or one without
+                attention.
         """
+        check_tokens("tokens", tokens, self.num_embeddings, rank=1)
         self._check_memory(memory)
         logits, state, weights = self._run(self.embedding(tokens)[:, None], state, memory)
         return logits[:, 0], state, None if weights is None else weights[:, 0]
@@ -127,7 +137,7 @@ class AttentionDecoder(nn.Module):
         """Teacher forcing over a whole target.
 
         Args:
-            tokens: (B, T): what each step is given, the start token first.
+            tokens: (B, T), int64 or int32: what each step is given, the start token first.
             memory: what :meth:`Attention.remember` made of the encoder's states.
             sampling_probability: scheduled sampling (Bengio et al. 2015): how likely a step is
                 given a token drawn from the step before instead, each row on its own, never the

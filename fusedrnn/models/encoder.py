@@ -17,6 +17,9 @@ class Encoder(nn.Module):
             :class:`fusedrnn.models.stack.RecurrentStack`.
         num_embeddings: size of the vocabulary where the input is tokens; None for features.
         padding_idx: a token whose embedding stays zero.
+
+    Raises:
+        ValueError: what :class:`RecurrentStack` refuses, or num_embeddings below 1.
     """
 
     def __init__(

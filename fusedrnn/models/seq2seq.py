@@ -15,6 +15,10 @@ class Seq2Seq(nn.Module):
 
     The decoder's layers start from the encoder's last ones: their final states, both directions
     side by side, through a linear layer and tanh, or as they are where they fit.
+
+    Raises:
+        ValueError: for a decoder of another cell, with more layers than the encoder, or whose
+            memory_size is not the encoder's output_size.
     """
 
     def __init__(self, encoder: Encoder, decoder: AttentionDecoder) -> None:
@@ -68,8 +72,20 @@ class Seq2Seq(nn.Module):
         *,
         sampling_probability: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Teacher forcing: source (B, S) or (B, S, I) and what each step of the target is given
-        (B, T), to logits (B, T, V) and attention weights (B, T, S) or None."""
+        """Teacher forcing.
+
+        Args:
+            source: tokens (B, S), int64 or int32, or features (B, S, I).
+            target: (B, T), int64 or int32: what each step of the decoder is given.
+            source_lengths: (B,), int64: valid steps of each source; None: all.
+            sampling_probability: of :meth:`AttentionDecoder.forward`.
+
+        Returns:
+            Logits (B, T, V) and attention weights (B, T, S) or None.
+
+        Raises:
+            TypeError, ValueError: for tokens, features or lengths that do not fit.
+        """
         if source.shape[0] != target.shape[0]:
             raise ValueError(
                 f"target: expected {source.shape[0]} rows like source, got {target.shape[0]}"

@@ -26,6 +26,9 @@ class RecurrentStack(nn.Module):
         cell: ``"lstm"``, ``"gru"`` or ``"rnn"`` (tanh).
         residual: layer l > 0 gives ``x + layer(x)`` (He et al. 2016; Wu et al. 2016 for LSTMs).
         dropout: probability between layers, in training.
+
+    Raises:
+        ValueError: for another cell, a size below 1 or a dropout outside [0, 1).
     """
 
     def __init__(

@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 def detached(state: Any) -> Any:
     """The state without its past: a tensor, None, or tuples and lists of them."""
     if isinstance(state, (tuple, list)):
-        return type(state)(detached(part) for part in state)
+        parts = [detached(part) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     return None if state is None else state.detach()
 
 
