@@ -40,7 +40,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kernels_alone(program: Path, isa: str) -> None:
     run = subprocess.run([program, isa], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "4332 cases, 0 failures" in run.stdout
+    # A set with narrow kernels of its own alone runs just these.
+    cases = 964 if isa.startswith("avx512_") else 4332 + 964
+    assert f"{cases} cases, 0 failures" in run.stdout
 
 
 @pytest.mark.skipif(CXX is None, reason="needs g++")

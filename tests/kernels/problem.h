@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <iterator>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/team.h"
@@ -18,6 +20,19 @@ using Values = std::vector<double>;
 
 inline std::mt19937 generator(1);
 
+// bfloat16 is the upper half of a float, and uint16_t to the kernels. To the nearest.
+inline uint16_t half_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return value != value ? 0x7fc0 : (bits + 0x8000u) >> 16;
+}
+inline float float_of(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 // Values that a float holds too.
 inline Values random_values(int64_t n) {
   std::uniform_real_distribution<float> uniform(-0.7f, 0.7f);
@@ -26,13 +41,29 @@ inline Values random_values(int64_t n) {
   return v;
 }
 
-template <class S>
-std::vector<S> as(const Values& from) {
-  return {from.begin(), from.end()};
+template <class E>
+E as(double value) {
+  if constexpr (std::is_same_v<E, uint16_t>) {
+    return half_of(static_cast<float>(value));
+  } else {
+    return static_cast<E>(value);
+  }
 }
-template <class S>
-Values wide(const S* from, int64_t n) {
-  return {from, from + n};
+template <class E>
+std::vector<E> as(const Values& from) {
+  std::vector<E> to;
+  for (double value : from) to.push_back(as<E>(value));
+  return to;
+}
+template <class E>
+Values wide(const E* from, int64_t n) {
+  if constexpr (std::is_same_v<E, uint16_t>) {
+    Values to;
+    for (int64_t i = 0; i < n; ++i) to.push_back(float_of(from[i]));
+    return to;
+  } else {
+    return {from, from + n};
+  }
 }
 
 // A layer of one direction, and how it is cut.
@@ -79,6 +110,15 @@ inline Problem make_problem(const Case& c) {
   p.dy = random_values(pairs * c.output);
   p.dh_n = random_values(c.batch * c.output);
   p.dc_n = random_values(c.batch * c.hidden);
+  return p;
+}
+
+// The same with values that a bfloat16 holds too.
+inline Problem rounded(Problem p) {
+  for (Values* values : {&p.x, &p.w_ih, &p.w_hh, &p.b_ih, &p.b_hh, &p.w_hr, &p.h0, &p.c0, &p.dy,
+                         &p.dh_n, &p.dc_n}) {
+    for (double& value : *values) value = float_of(half_of(static_cast<float>(value)));
+  }
   return p;
 }
 
