@@ -56,7 +56,7 @@ def inference(module: nn.Module, run: Run) -> Call:
 
 
 def step(module: nn.Module, run: Run, inputs: Sequence[Tensor]) -> Call:
-    """Forward, and backward to all parameters and `inputs`, from a gradient of ones' size."""
+    """Forward, and backward to all parameters and `inputs`, from a random gradient."""
     seed = torch.Generator().manual_seed(2)
     shape = run(module)[0].shape
     gradient = torch.randn(shape, generator=seed).to(next(module.parameters()).dtype)

@@ -1,6 +1,6 @@
 """Time fusedrnn against torch.nn, ONNX Runtime and OpenVINO, and report the ratios.
 
-    python -m bench.compare                                  # all of it, some twenty minutes
+    python -m bench.compare                                  # all of it, half an hour or more
     python -m bench.compare --quick
     python -m bench.compare --cells gru --mode training --shapes 1,100,64,64 8,100,128,128
 
@@ -23,7 +23,7 @@ from .modes import MODES, Mode
 from .shapes import CELLS, QUICK_SHAPES, Shape
 from .timing import Call, paired, ratio
 
-FLOOR = 0.95  # a shape that reads below is timed again: identical code can read 0.92
+RETIMED_BELOW = 0.95  # a shape that reads below is timed again: identical code can read 0.92
 RETIME_ROUNDS = 25
 BUSY = 0.05  # with a core gone, spinning threads wait for one another and ratios mean nothing
 
@@ -55,7 +55,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--update", action="store_true", help="keep the older file's rows that are not timed now"
     )
     parser.add_argument(
-        "--check", action="store_true", help=f"exit 1 if a shape stays below {FLOOR} of torch.nn"
+        "--check",
+        action="store_true",
+        help=f"exit 1 if a shape stays below {RETIMED_BELOW} of torch.nn",
     )
     args = parser.parse_args(argv)
     installed = peers.installed_peers()
@@ -77,7 +79,7 @@ def missed(result: report.Result) -> list[str]:
         name = report.contestant(result, goal)
         if name is not None and result.ratios[name] < goal.worst:
             names.append(name)
-    if result.ratios.get(peers.TORCH, 1.0) < FLOOR:
+    if result.ratios.get(peers.TORCH, 1.0) < RETIMED_BELOW:
         names.append(peers.TORCH)
     return list(dict.fromkeys(names))
 
@@ -166,9 +168,10 @@ def main(argv: list[str] | None = None) -> int:
     print(report.markdown(header, results))
     paths = report.save(header, results, args.out, args.stem)
     print("written:", ", ".join(p.name for p in paths), "under", args.out)
-    low = [r for r in results[: len(jobs)] if r.ratios.get(peers.TORCH, 1.0) < FLOOR]
+    low = [r for r in results[: len(jobs)] if r.ratios.get(peers.TORCH, 1.0) < RETIMED_BELOW]
     if low:
-        print(f"{len(low)} of {len(jobs)} below {FLOOR} of torch.nn, confirmed by re-timing")
+        counts = f"{len(low)} of {len(jobs)}"
+        print(f"{counts} below {RETIMED_BELOW} of torch.nn, confirmed by re-timing")
     return 1 if args.check and low else 0
 
 

@@ -18,7 +18,7 @@ import fusedrnn
 
 from .shapes import Shape
 
-# label -> the package that it needs
+# package -> label
 PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 TORCH, FUSED = "torch.nn", "fusedrnn"
 # Seconds to wait after a runtime whose threads go on spinning: version 1.31 was seen to slow the

@@ -88,8 +88,8 @@ TORCH_LIBRARY(fusedrnn, m) {
   m.def("activation(str name, str isa, Tensor x) -> Tensor");
 }
 
-// Gradients come from fusedrnn.autograd alone; calling the ops directly with inputs that require
-// grad raises in backward instead of giving none.
+// Gradients come from the node of autograd.cpp and from fusedrnn._layer alone; calling the ops
+// directly with inputs that require grad raises in backward instead of giving none.
 TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) {
   for (const char* op : {"layer_forward", "layer_backward", "activation"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());

@@ -6,8 +6,9 @@
 // tails there. N valid (step, row) pairs, "packed rows", in PackedSequence's order: rows sorted by
 // length, longest first; step t holds packed rows [row0[t], row0[t] + rows[t]).
 //
-// S is the type of the arithmetic, float or double. Half precision is widened before and rounded
-// after, chunk by chunk, by the caller. W is what products read: S, or 32-bit words of narrow
+// S is the type of the arithmetic, float or double. bfloat16 is read and written as it lies where
+// products take it; float16, and bfloat16 before a ReLU, the caller widens before and rounds after.
+// W is what products read: S, or 32-bit words of narrow
 // values that lie one after another in k (cpu/formats_inl.h); a row of n values is then padded to
 // whole words with zeros. Every pointer lives at least as long as the call.
 #pragma once
