@@ -115,8 +115,8 @@ inline Problem make_problem(const Case& c) {
 
 // The same with values that a bfloat16 holds too.
 inline Problem rounded(Problem p) {
-  for (Values* values : {&p.x, &p.w_ih, &p.w_hh, &p.b_ih, &p.b_hh, &p.w_hr, &p.h0, &p.c0, &p.dy,
-                         &p.dh_n, &p.dc_n}) {
+  for (Values* values :
+       {&p.x, &p.w_ih, &p.w_hh, &p.b_ih, &p.b_hh, &p.w_hr, &p.h0, &p.c0, &p.dy, &p.dh_n, &p.dc_n}) {
     for (double& value : *values) value = float_of(half_of(static_cast<float>(value)));
   }
   return p;
