@@ -8,9 +8,9 @@
 //
 // S is the type of the arithmetic, float or double. bfloat16 is read and written as it lies where
 // products take it; float16, and bfloat16 before a ReLU, the caller widens before and rounds after.
-// W is what products read: S, or 32-bit words of narrow
-// values that lie one after another in k (cpu/formats_inl.h); a row of n values is then padded to
-// whole words with zeros. Every pointer lives at least as long as the call.
+// W is what products read: S, or 32-bit words of narrow values that lie one after another in k
+// (cpu/formats_inl.h); a row of n values is then padded to whole words with zeros. Every pointer
+// lives at least as long as the call.
 #pragma once
 
 #include <cstdint>

@@ -24,16 +24,16 @@ namespace fusedrnn {
 namespace {
 
 // Tolerances: of a kernel's rounding of what it keeps as E, and of finite differences beside it.
-// In bfloat16 most values are off by 0.002; an RNN, whose steps nothing damps, by up to ten times
-// that.
+// In bfloat16 most values are off by 0.002; an RNN's, whose steps amplify, by up to 0.02 forward
+// and 0.05 backward.
 template <class E>
-constexpr double kExact = sizeof(E) == 8   ? 1e-12
-                          : sizeof(E) == 4 ? 2e-6
-                                           : 2.5e-2;
+constexpr double by_size(double of_double, double of_float, double of_bfloat16) {
+  return sizeof(E) == 8 ? of_double : sizeof(E) == 4 ? of_float : of_bfloat16;
+}
 template <class E>
-constexpr double kDifference = sizeof(E) == 8   ? 2e-7
-                               : sizeof(E) == 4 ? 5e-6
-                                                : 4e-2;
+constexpr double kExact = by_size<E>(1e-12, 2e-6, 4e-2);
+template <class E>
+constexpr double kDifference = by_size<E>(2e-7, 5e-6, 1e-1);
 
 void run(const Plan& plan, const std::function<void(const Slot&)>& body) {
   Barriers barriers(plan.threads());
@@ -279,7 +279,7 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   for (size_t k = 0; k < std::size(found); ++k) {
     const Values& expected = want.gradients[k];
     Values some;
-    for (size_t i = 0; some.size() < expected.size(); i += sample_stride(*found[k])) {
+    for (size_t i = 0; some.size() < expected.size(); i += sample_stride(*found[k], want.samples)) {
       some.push_back((*found[k])[i]);
     }
     expect_close<E>(kGradients[k].name, c, some, expected, kDifference<E>);
@@ -360,11 +360,11 @@ int main(int argc, char** argv) {
     const Problem p = make_problem(c);
     if (narrow) {
       const Problem coarse = rounded(p);
-      check<float, uint16_t>(c, coarse, expect(c, coarse));
+      check<float, uint16_t>(c, coarse, expect(c, coarse, 4));
       ++cases;
     }
     if (!exact) return;
-    const Expected want = expect(c, p);
+    const Expected want = expect(c, p, 12);
     check<float>(c, p, want);
     check<double>(c, p, want);
     cases += 2;

@@ -189,10 +189,10 @@ inline double loss(const Case& c, const Problem& p) {
   return sum;
 }
 
-// Every how many entries of a gradient one is compared.
+// Every how many entries of a gradient one is compared, for some `samples` of them.
 template <class Array>
-size_t sample_stride(const Array& gradient) {
-  return gradient.size() / 12 + 1;
+size_t sample_stride(const Array& gradient, size_t samples) {
+  return gradient.size() / samples + 1;
 }
 
 inline constexpr struct {
@@ -204,16 +204,17 @@ inline constexpr struct {
 
 struct Expected {
   Result result;
+  size_t samples;                           // of each gradient
   Values gradients[std::size(kGradients)];  // samples; none where the cell has no such thing
 };
 
-inline Expected expect(const Case& c, const Problem& p) {
+inline Expected expect(const Case& c, const Problem& p, size_t samples) {
   constexpr double step = 1e-6;
-  Expected e{plain_forward(c, p), {}};
+  Expected e{plain_forward(c, p), samples, {}};
   for (size_t k = 0; k < std::size(kGradients); ++k) {
     Values Problem::* const of = kGradients[k].of;
     if (of == &Problem::c0 && c.cell != Cell::kLstm) continue;
-    for (size_t i = 0; i < (p.*of).size(); i += sample_stride(p.*of)) {
+    for (size_t i = 0; i < (p.*of).size(); i += sample_stride(p.*of, samples)) {
       Problem up = p, down = p;
       (up.*of)[i] += step;
       (down.*of)[i] -= step;
