@@ -83,7 +83,7 @@ build/sanitize/matrix_check: build/sanitize/tests/kernels/matrix_check.o
 
 sanitize: build/sanitize/kernel_check build/sanitize/matrix_check  ## the kernels alone under AddressSanitizer and UndefinedBehaviorSanitizer
 	for isa in $(SANITIZE_ISAS); do $< $$isa || exit 1; done
-	build/sanitize/matrix_check
+	build/sanitize/matrix_check || [ $$? -eq 77 ]  # no AVX-512 here
 
 cuda-probe:  ## compile build/cuda/probe, which measures a GPU; needs nvcc, no GPU
 	bash scripts/build_cuda_probe.sh

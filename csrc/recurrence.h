@@ -120,6 +120,13 @@ struct WordOf<uint16_t> {
 template <class E>
 using Word = typename WordOf<E>::Word;
 
+// Words of k values kept as E.
+template <class E>
+constexpr int64_t words_of(int64_t k) {
+  constexpr int64_t each = sizeof(Word<E>) / sizeof(E);
+  return (k + each - 1) / each;
+}
+
 // What the kernels keep for backward where products read words W.
 template <class S, class W>
 using Saved = std::conditional_t<std::is_same_v<S, W>, S, uint16_t>;

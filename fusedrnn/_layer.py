@@ -57,20 +57,21 @@ def layer(
     Arguments and results are those of :func:`fusedrnn.reference.layer_forward`. Shapes and dtypes
     are checked by the operator.
     """
-    if x.dim() != (3 if batch_sizes is None else 2):
-        expected = "(T, B, input_size)" if batch_sizes is None else "(N, input_size)"
-        raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
     compiling = _is_compiling()
     transformed = _traced_transforms() if compiling else _transforms_active()
-    if forward_ad._current_level >= 0 or (transformed and compiling):
+    dual = forward_ad._current_level >= 0
+    if not dual and not transformed and not compiling:
+        return _C.layer(
+            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
+        )
+    if x.dim() != (3 if batch_sizes is None else 2):  # as _C.layer does
+        expected = "(T, B, input_size)" if batch_sizes is None else "(N, input_size)"
+        raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+    if dual or (transformed and compiling):
         with autocast_disabled(x):
             return reference.layer_forward(
                 mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
             )
-    if not transformed and not compiling:
-        return _C.layer(
-            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
-        )
     if compiling:
         x, h0, c0, *params = _distinct([x, h0, c0, *params])
         # torch.export keeps no Function: it would record the forward alone, detached under

@@ -29,16 +29,6 @@ S* data_or_null(const at::Tensor& t) {
 }
 
 template <class S, class E>
-auto backward_kernel(Cell cell) {
-  const Isa& isa = current_isa();
-  if constexpr (std::is_same_v<S, E>) {
-    return isa.table<S>().backward[static_cast<int>(cell)];
-  } else {
-    return isa.bf16.backward[static_cast<int>(cell)];
-  }
-}
-
-template <class S, class E>
 class BackwardRun {
  public:
   BackwardRun(const Layer& layer, const ScheduleStorage& storage, const BackwardInputs& in,
@@ -72,7 +62,7 @@ class BackwardRun {
   }
 
   void run() {
-    const auto kernel = backward_kernel<S, E>(layer_.cell);
+    const auto kernel = current_isa().table<S, E>().backward[static_cast<int>(layer_.cell)];
     const int64_t chunks = static_cast<int64_t>(bounds_.size()) - 1;
     for (int64_t i = 0; i < chunks; ++i) {
       for (int d = 0; d < layer_.directions; ++d) enter_chunk(d, i);
@@ -169,8 +159,7 @@ class BackwardRun {
 
   void fill_states() {
     const Values<E> h0(in_.layer.h0);
-    const Values<S> c0(in_.layer.c0), dh_n(in_.dh_n);
-    const Values<S> dc_n(has_cell_state(layer_.cell) ? in_.dc_n : std::nullopt);
+    const Values<S> c0(in_.layer.c0), dh_n(in_.dh_n), dc_n(in_.dc_n);
     const int64_t outputs = layer_.batch * layer_.sizes.output;
     const int64_t units = layer_.batch * layer_.sizes.hidden;
     const auto part = [](const auto& v, int64_t at) {

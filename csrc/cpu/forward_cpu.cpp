@@ -10,16 +10,6 @@ namespace {
 
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-template <class S, class E>
-auto forward_kernel(Cell cell) {
-  const Isa& isa = current_isa();
-  if constexpr (std::is_same_v<S, E>) {
-    return isa.table<S>().forward[static_cast<int>(cell)];
-  } else {
-    return isa.bf16.forward[static_cast<int>(cell)];
-  }
-}
-
 // Of so few threads, each has gates of its own, so that no prefetcher runs into another's. Of more,
 // the room that stays unused between their rows and units would be too much.
 constexpr int kMostApart = 4;
@@ -135,7 +125,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     }
   }
 
-  const auto kernel = forward_kernel<S, E>(layer.cell);
+  const auto kernel = current_isa().table<S, E>().forward[static_cast<int>(layer.cell)];
   const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1;
   for (int64_t i = 0; i < chunks; ++i) {
     for (int d = 0; d < layer.directions; ++d) {

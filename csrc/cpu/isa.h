@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/team.h"
@@ -38,9 +39,12 @@ struct Isa {
   KernelTable<double> f64;
   NarrowTable bf16, int8;
 
-  template <class S>
-  const KernelTable<S>& table() const {
-    if constexpr (sizeof(S) == sizeof(float)) {
+  // Of arithmetic in S on values kept as E.
+  template <class S, class E = S>
+  const auto& table() const {
+    if constexpr (!std::is_same_v<S, E>) {
+      return bf16;
+    } else if constexpr (sizeof(S) == sizeof(float)) {
       return f32;
     } else {
       return f64;

@@ -39,13 +39,6 @@ void with_types(const Layer& layer, F f) {
   }
 }
 
-// Words of k values kept as E.
-template <class E>
-constexpr int64_t words_of(int64_t k) {
-  constexpr int64_t each = sizeof(Word<E>) / sizeof(E);
-  return (k + each - 1) / each;
-}
-
 // at::empty on the CPU, past the dispatcher: a short call makes five tensors.
 inline at::Tensor plain_empty(at::IntArrayRef shape, const at::TensorOptions& options) {
   return at::detail::empty_cpu(shape, c10::typeMetaToScalarType(options.dtype()));
@@ -231,6 +224,7 @@ inline Workload workload_of(const Layer& layer, const Schedule& schedule, int pr
 // The same while a chunk is walked that begins with so many rows. A plan for these may share rows
 // where one for all would not, and must then be the same at any distance.
 inline Workload with_rows(Workload work, int64_t rows) {
+  if (rows == work.batch) return work;
   work.batch = rows;
   if (work.distance != Distance::kUnknown && !depends_on_distance(work, at::get_num_threads())) {
     work.distance = Distance::kUnknown;

@@ -59,16 +59,15 @@ Rows<uint32_t> int8_rows(const float* w, int64_t blocks, int64_t units, int64_t 
     inverse[row] = usable ? 127.0f / most : 0.0f;
     rows.factor[at(row)] = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
   }
-  // Modulo 2^32, as the kernels' sums are: what is left of a sum without its offset fits.
-  std::vector<uint32_t> offset(rows.offset.size());
   rows.words = words_of_rows<int8_t>(blocks * units, columns, [&](int64_t row, int8_t* to) {
+    uint32_t offset = 0;  // modulo 2^32, as the kernels' sums are: what is left without it fits
     for (int64_t i = 0; i < columns; ++i) {
       const float scaled = inverse[row] == 0.0f ? 0.0f : w[row * columns + i] * inverse[row];
       to[i] = static_cast<int8_t>(std::lrint(scaled));
-      offset[at(row)] += 128u * static_cast<uint32_t>(to[i]);
+      offset += 128u * static_cast<uint32_t>(to[i]);
     }
+    rows.offset[at(row)] = static_cast<int32_t>(offset);
   });
-  std::copy(offset.begin(), offset.end(), rows.offset.begin());
   return rows;
 }
 

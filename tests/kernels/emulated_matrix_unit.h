@@ -1,6 +1,6 @@
 // Intel's matrix unit (AMX) in plain loops, in place of cpu/amx_inl.h: what cpu/matrix_inl.h makes
-// of it can then be tested where there is none. What the unit would refuse ends the program.
-// Source: the operation sections of LDTILECFG, TILELOADD and TDPBF16PS in Intel's Software
+// of it can then be tested where there is none. What the unit would refuse, or be slow at, ends the
+// program. Source: the operation sections of LDTILECFG, TILELOADD and TDPBF16PS in Intel's Software
 // Developer's Manual.
 #pragma once
 
@@ -35,7 +35,7 @@ inline Register& configured(int index) {
 
 inline void configure(const void* config) {
   const uint8_t* bytes = static_cast<const uint8_t*>(config);
-  require(reinterpret_cast<uintptr_t>(config) % 64 == 0, "not our whole cache line");
+  require(reinterpret_cast<uintptr_t>(config) % 64 == 0, "a configuration crosses a cache line");
   require(bytes[0] == 1 && bytes[1] == 0, "palette or first row");
   for (int i = 2; i < 16; ++i) require(bytes[i] == 0, "reserved bytes are not zero");
   for (int i = 0; i < 8; ++i) {

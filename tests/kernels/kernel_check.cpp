@@ -50,8 +50,7 @@ void fail(const char* what, int bytes, const Case& c, double worst) {
   ++failures;
   std::printf(
       "%s, %d bytes: cell %d B %ld I %ld H %ld P %ld T %ld reverse %d reset %d groups %d parts %d "
-      "joined %d: "
-      "%g\n",
+      "joined %d: %g\n",
       what, bytes, static_cast<int>(c.cell), long(c.batch), long(c.input), long(c.hidden),
       long(c.output), long(c.lengths[0]), c.reverse, c.reset, c.plan.groups, c.plan.parts, c.joined,
       worst);
@@ -75,23 +74,6 @@ Chunk chunk_at(const Case& c, int64_t steps, int64_t index, bool from_end) {
   return {at * c.chunk, std::min(steps, (at + 1) * c.chunk), index == 0, index == count - 1};
 }
 
-template <class S, class E>
-auto forward_of(Cell cell) {
-  if constexpr (std::is_same_v<S, E>) {
-    return current_isa().table<S>().forward[static_cast<int>(cell)];
-  } else {
-    return current_isa().bf16.forward[static_cast<int>(cell)];
-  }
-}
-template <class S, class E>
-auto backward_of(Cell cell) {
-  if constexpr (std::is_same_v<S, E>) {
-    return current_isa().table<S>().backward[static_cast<int>(cell)];
-  } else {
-    return current_isa().bf16.backward[static_cast<int>(cell)];
-  }
-}
-
 // The arithmetic is S; weights, x, y and what is kept for backward are E.
 template <class S, class E = S>
 void check(const Case& c, const Problem& p, const Expected& want) {
@@ -99,10 +81,10 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   using Kept = std::vector<E>;
   using W = Word<E>;
   constexpr bool narrow = !std::is_same_v<S, E>;
+  const auto& table = current_isa().table<S, E>();
   const int64_t H = c.hidden, P = c.output, Hp = padded(H), Pp = padded(P), pairs = p.row0.back();
   const int64_t gates = gate_blocks(c.cell), width = saved_blocks(c.cell) * Hp;
   const int64_t steps = p.steps(), chunks = (steps + c.chunk - 1) / c.chunk;
-  const auto whole = [](int64_t columns) { return (columns + 63) / 64 * 64; };
   const std::vector<int64_t> at = state_rows(c);
   const Schedule schedule = {steps,   c.batch, p.rows.data(), p.row0.data(),
                              nullptr, nullptr, at.data()};
@@ -138,19 +120,15 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   f.reverse = c.reverse;
   f.weights = weights;
   const int64_t inputs = words_of<E>(c.input), outputs = words_of<E>(P), units = words_of<E>(H);
-  f.packed = {rooms.take<W>(gates * whole(Hp) * inputs),
-              rooms.take<W>(gates * whole(Hp) * ((c.joined ? inputs : 0) + outputs)),
-              rooms.take<W>(whole(Pp) * units),
-              rooms.take<S>(gates * whole(Hp)),
-              rooms.take<S>(Hp),
-              {},
-              {},
-              {}};
+  f.packed = {rooms.take<W>(gates * whole_panels(Hp) * inputs),
+              rooms.take<W>(gates * whole_panels(Hp) * ((c.joined ? inputs : 0) + outputs)),
+              rooms.take<W>(whole_panels(Pp) * units), rooms.take<S>(gates * whole_panels(Hp)),
+              rooms.take<S>(Hp)};
   if (c.joined) {
     f.packed.input = nullptr;
   } else if (pairs < 12 || steps == 1) {
     f.packed.input = f.packed.recurrent = f.packed.projection = nullptr;
-    forward.across_stride = whole(pairs) * words_of<E>(std::max(c.input + P, H));
+    forward.across_stride = whole_panels(pairs) * words_of<E>(std::max(c.input + P, H));
     forward.across = rooms.take<W>(c.plan.threads() * forward.across_stride);
   }
   std::vector<ForwardRow<S, Saved<S, W>>> rows(c.plan.threads() * c.batch);
@@ -191,7 +169,7 @@ void check(const Case& c, const Problem& p, const Expected& want) {
     } else {
       f.gates = kept;
     }
-    run(c.plan, [&](const Slot& slot) { forward_of<S, E>(c.cell)(forward, slot); });
+    run(c.plan, [&](const Slot& slot) { table.forward[static_cast<int>(c.cell)](forward, slot); });
     f.turn ^= (f.chunk.end - f.chunk.begin) & 1;
   }
   expect_close<E>("y", c, wide(y.data(), y.size()), want.result.y);
@@ -224,22 +202,17 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   backward.rows = rows_back.data();
   backward.rows_stride = c.batch;
   backward.previous = previous.data();
-  backward.panels[0] = rooms.take<W>(words_of<E>(pairs) * whole(c.input));
-  backward.panels[1] = rooms.take<W>(words_of<E>(pairs) * whole(std::max(P, H)));
+  backward.panels[0] = rooms.take<W>(words_of<E>(pairs) * whole_panels(c.input));
+  backward.panels[1] = rooms.take<W>(words_of<E>(pairs) * whole_panels(std::max(P, H)));
   backward.columns_stride = column_words(words_of<E>(pairs)) * kMostGradientRows;
   backward.columns = rooms.take<W>(c.plan.threads() * backward.columns_stride);
   BackwardDirection<S, E>& d = backward.direction[0];
   d.reverse = c.reverse;
   d.weights = weights;
   const int64_t gate_words = words_of<E>(gates * Hp);
-  d.packed = {rooms.take<W>(gate_words * whole(c.input)),
-              rooms.take<W>(gate_words * whole(P)),
-              rooms.take<W>(outputs * whole(Hp)),
-              nullptr,
-              nullptr,
-              {},
-              {},
-              {}};
+  d.packed = {rooms.take<W>(gate_words * whole_panels(c.input)),
+              rooms.take<W>(gate_words * whole_panels(P)),
+              rooms.take<W>(outputs * whole_panels(Hp)), nullptr, nullptr};
   d.x = x.data();
   d.y = y.data();
   d.y_stride = d.dy_stride = P;
@@ -269,7 +242,8 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   for (int64_t i = 0; i < chunks; ++i) {
     d.chunk = chunk_at(c, steps, i, !c.reverse);
     d.gates = saved + p.row0[d.chunk.begin] * width;
-    run(c.plan, [&](const Slot& slot) { backward_of<S, E>(c.cell)(backward, slot); });
+    run(c.plan,
+        [&](const Slot& slot) { table.backward[static_cast<int>(c.cell)](backward, slot); });
     const int64_t t = c.reverse ? d.chunk.end - 1 : d.chunk.begin;
     const E* from = dgates + (p.row0[t] - p.row0[d.chunk.begin]) * width;
     std::copy(from, from + p.rows[t] * width, next);

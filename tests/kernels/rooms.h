@@ -46,12 +46,6 @@ std::vector<E> pad_rows(const Values& from, int64_t rows, int64_t units) {
   return place_rows<E>(from, at, units);
 }
 
-template <class E>
-constexpr int64_t words_of(int64_t values) {
-  constexpr int64_t each = sizeof(Word<E>) / sizeof(E);
-  return (values + each - 1) / each;
-}
-
 // A weight's rows, each of whole words.
 template <class E>
 class WeightRows {
