@@ -191,10 +191,10 @@ struct ForwardDirection {
   int64_t saved_stride;
   S* cells;  // packed rows of the whole sequence, (., cells_stride), or null; LSTM
   int64_t cells_stride;
-  S* h[2];     // (state rows, joined + Pp): the state, read from and written to in turns; both hold
-               // h0 at first
+  S* h[2];     // (state rows, joined + Pp): the state, read from and written to in turns; the first
+               // holds h0 at first, the second too of rows that start at a later step
   int turn;    // which of the two the chunk's first step reads
-  S* c;        // (state rows, Hp): the LSTM's cell state, in place; holds c0 at first
+  S* c;        // (state rows, Hp): the LSTM's cell state, in place; holds c0 at first, c_n at last
   S* h_tilde;  // (state rows, Hp): o tanh(c) before a projection
   S* h_n;      // (B, P), caller's rows: written for every row that has a step
   const uint8_t* reset;  // (N): the state entering the step is zero; or null

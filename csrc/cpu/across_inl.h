@@ -62,7 +62,7 @@ __attribute__((noinline)) void across_panel(typename F::Sum* to,
   bool first = true;
   for (const auto* term = terms; term < terms + count; ++term) {
     for (int64_t i = 0; first || i < term->k; i += kAddedAcross, first = false) {
-      product<F, kAcrossVectors, most>(
+      product<F, kAcrossVectors, Sums::kInRegisters, most>(
           Range{0, valid}, Range{0, 1},
           [&](int64_t unit) { return term->weights + unit * term->k + i; },
           term->packed + i * kAcrossVectors * lanes, 0, std::min(kAddedAcross, term->k - i),

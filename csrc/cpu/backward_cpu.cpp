@@ -49,6 +49,9 @@ class BackwardRun {
         dy_(in.dy),
         gates_(direct_ ? Values<E>(in.gates) : Values<E>()),
         cells_(in.cells),
+        h0_(in.layer.h0),
+        c0_(in.layer.c0),
+        dh_n_(in.dh_n),
         apart_(state_rows(work_, at::get_num_threads(), hidden_ * sizeof(S))) {
     args_.sizes = layer.sizes;
     args_.schedule = schedule_;
@@ -71,6 +74,7 @@ class BackwardRun {
           at::get_num_threads(), layer_.directions,
           [&](int threads) { return plan_team(now, threads); },
           [&](const Slot& slot) { kernel(args_, slot); });
+      if (i + 1 == chunks) break;
       for (int d = 0; d < layer_.directions; ++d) leave_chunk(args_.direction[d], next_[d]);
     }
   }
@@ -140,11 +144,15 @@ class BackwardRun {
         }
       }
       scratch_.want(&dir.dgates, most_rows_ * stride_);
-      scratch_.want(&next_[d], layer_.batch * stride_);
+      if (bounds_.size() > 2) scratch_.want(&next_[d], layer_.batch * stride_);
       scratch_.want(&dir.carry, state_row(args_.schedule, layer_.batch) * hidden_);
-      scratch_.want(&h0_[d], layer_.batch * output_);
-      if (has_cell_state(layer_.cell)) scratch_.want(&c0_[d], layer_.batch * hidden_);
-      if (in_.dh_n) scratch_.want(&dh_n_[d], layer_.batch * output_);
+      const bool h_as_it_lies = lies_as_read(sizes.output, schedule_);
+      const bool c_as_it_lies = lies_as_read(sizes.hidden, schedule_);
+      if (!in_.layer.h0 || !h_as_it_lies) scratch_.want(&h0_copy_[d], layer_.batch * output_);
+      if (has_cell_state(layer_.cell) && (!in_.layer.c0 || !c_as_it_lies)) {
+        scratch_.want(&c0_copy_[d], layer_.batch * hidden_);
+      }
+      if (in_.dh_n && !h_as_it_lies) scratch_.want(&dh_n_copy_[d], layer_.batch * output_);
       if (!direct_) scratch_.want(&widened_[d], most_rows_ * stride_);
       if (sizes.projected) {
         scratch_.want(&dir.packed.projection, words_of<E>(sizes.output) * whole_panels(hidden_));
@@ -158,26 +166,24 @@ class BackwardRun {
   }
 
   void fill_states() {
-    const Values<E> h0(in_.layer.h0);
-    const Values<S> c0(in_.layer.c0), dh_n(in_.dh_n), dc_n(in_.dc_n);
+    const Values<S> dc_n(in_.dc_n);
     const int64_t outputs = layer_.batch * layer_.sizes.output;
     const int64_t units = layer_.batch * layer_.sizes.hidden;
     const auto part = [](const auto& v, int64_t at) {
       return v.data() == nullptr ? v.data() : v.data() + at;
     };
+    // As they lie where no room for a copy was wanted.
+    const auto rows = [&]<class T>(T* copy, const T* state, int64_t width) -> const T* {
+      if (copy == nullptr) return state;
+      fill_state(copy, state, width, schedule_);
+      return copy;
+    };
     for (int d = 0; d < layer_.directions; ++d) {
       BackwardDirection<S, E>& dir = args_.direction[d];
-      fill_state(h0_[d], part(h0, d * outputs), layer_.sizes.output, schedule_);
-      dir.h0 = h0_[d];
+      dir.h0 = rows(h0_copy_[d], part(h0_, d * outputs), layer_.sizes.output);
+      dir.c0 = rows(c0_copy_[d], part(c0_, d * units), layer_.sizes.hidden);
+      dir.dh_n = rows(dh_n_copy_[d], part(dh_n_, d * outputs), layer_.sizes.output);
       fill_state(dir.carry, part(dc_n, d * units), layer_.sizes.hidden, args_.schedule);
-      if (c0_[d] != nullptr) {
-        fill_state(c0_[d], part(c0, d * units), layer_.sizes.hidden, schedule_);
-        dir.c0 = c0_[d];
-      }
-      if (dh_n_[d] != nullptr) {
-        fill_state(dh_n_[d], part(dh_n, d * outputs), layer_.sizes.output, schedule_);
-        dir.dh_n = dh_n_[d];
-      }
     }
   }
 
@@ -215,13 +221,15 @@ class BackwardRun {
   const int64_t most_rows_;
   const Values<E> x_, y_, dy_, gates_;
   const Values<S> cells_;
+  const Values<E> h0_;
+  const Values<S> c0_, dh_n_;
   const std::vector<int64_t> apart_;  // rows of carry
   WeightValues<S, E> weights_[2];
   BackwardArgs<S, E> args_{};
   Scratch scratch_;
   S* zeros_ = nullptr;
-  E *next_[2] = {}, *h0_[2] = {}, *widened_[2] = {};
-  S *c0_[2] = {}, *dh_n_[2] = {};
+  E *next_[2] = {}, *h0_copy_[2] = {}, *widened_[2] = {};
+  S *c0_copy_[2] = {}, *dh_n_copy_[2] = {};
 };
 
 Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,

@@ -187,7 +187,7 @@ class BackwardChunk : public StateGradients<S, E> {
     const int64_t row0 = schedule_.row0[t] - first_row_;
     const auto row_at = [&](int64_t b) { return as_words<E>(d_.dh + (row0 + b) * output_); };
     const int64_t k = words_of<F>(sizes_.output);
-    product<F, kStepVectors, kSideRows>(
+    product<F, kStepVectors, Sums::kInMemory, kSideRows>(
         rows, own_hidden_panels_, row_at, d_.packed.projection, k * kWidth, k,
         [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {
           each(tile, b0, panel, hidden_,

@@ -84,7 +84,14 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     scratch.want(&dir.packed.bias, input_gates);
     scratch.want(&dir.packed.bias_hn, hidden);
     for (S*& h : dir.h) scratch.want(&h, states * (args.joined + output));
-    if (has_cell_state(layer.cell)) scratch.want(&dir.c, states * hidden);
+    if (has_cell_state(layer.cell)) {
+      // The final cell state where the walk can keep it there.
+      if (lies_as_read(sizes.hidden, schedule)) {
+        dir.c = c_n.mutable_data_ptr<S>() + d * layer.batch * hidden;
+      } else {
+        scratch.want(&dir.c, states * hidden);
+      }
+    }
     if (sizes.projected) scratch.want(&dir.h_tilde, states * hidden);
     if (!(save && direct) && (save || !joins)) {
       const bool in_one_place = (save && !narrow) || threads > kMostApart;
@@ -113,12 +120,15 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   scratch.allocate();
   std::fill(zeros, zeros + zero_count, S(0));
   args.zeros = zeros;
+  const bool all_start_at_once =
+      schedule.steps > 0 && schedule.rows[schedule.steps - 1] == schedule.rows[0];
   for (int d = 0; d < layer.directions; ++d) {
     ForwardDirection<S, Word<E>>& dir = args.direction[d];
     const int64_t h_size = layer.batch * sizes.output, c_size = layer.batch * sizes.hidden;
     for (S* h : dir.h) {
       fill_state(h, h0.data() ? h0.data() + d * h_size : nullptr, sizes.output, schedule,
                  args.joined);
+      if (all_start_at_once) break;
     }
     if (dir.c != nullptr) {
       fill_state(dir.c, c0.data() ? c0.data() + d * c_size : nullptr, sizes.hidden, schedule);
@@ -157,7 +167,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     }
   }
 
-  if (has_cell_state(layer.cell)) {
+  if (has_cell_state(layer.cell) && !lies_as_read(sizes.hidden, schedule)) {
     S* to = c_n.mutable_data_ptr<S>();
     for (int d = 0; d < layer.directions; ++d) {
       for (int64_t b = 0; b < layer.batch; ++b) {

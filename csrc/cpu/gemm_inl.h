@@ -48,6 +48,10 @@ struct Tile {
 // ones before it: the error grows with this number's root, not with k's.
 inline constexpr int64_t kAddedInTurn = 512;
 
+// Where an epilogue finds a tall tile's sums. In registers, which is quicker where k is short, it
+// may do little more than store them, k is at most kAddedInTurn, and the tile is one strip.
+enum class Sums { kInMemory, kInRegisters };
+
 // Of a tall tile, the next panel is fetched meanwhile: from the shared cache it would come more
 // slowly than its first tile takes it, while this panel's other tiles need nothing from there.
 template <int R>
@@ -137,13 +141,16 @@ struct Ahead {
   int64_t panel, tile;
 };
 
-template <class F, int NV, int R, int Panels, class RowAt, class Epilogue>
+template <class F, int NV, int R, int Panels, Sums kSums = Sums::kInMemory, class RowAt,
+          class Epilogue>
 FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at,
                                const typename F::Word* packed, int64_t panel_size, int64_t k,
                                Epilogue& epilogue, Ahead next, bool from_end = false) {
   using Word = typename F::Word;
   const int64_t first = from_end && k > 0 ? k - 1 : 0, way = from_end ? -1 : 1;
   constexpr int strip = strip_vectors(NV), all = NV * Panels;
+  constexpr bool in_registers = kSums == Sums::kInRegisters;
+  static_assert(!in_registers || strip == NV);
   // At once where the registers hold all sums, and the operands beside them.
   constexpr int width = R * all + std::min(R, all) <= FUSEDRNN_ACCUMULATORS + 2 ? all : strip;
   // A sum waits for its last addition: short tiles use several sets of sums to hide that. A row's
@@ -169,8 +176,8 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at,
                                       way * b_step, strip_size, end - begin, begin > 0,
                                       ahead + begin * kLine<Word>);
     };
-    if constexpr (R <= 2) {
-      add_products(a, 0, k);  // more code makes this one's loop slower
+    if constexpr (R <= 2 || in_registers) {
+      add_products(a, 0, k);  // more code makes a short tile's loop slower
     } else {
       for (int64_t i = 0; i == 0 || i < k; i += kAddedInTurn) {
         const Word* from[R];
@@ -180,8 +187,8 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at,
       }
     }
     // From here on a tall tile lies in memory. Without this, g++ 12 lets some of the sums lose
-    // their registers to the epilogue's values inside the loop, which then adds to memory.
-    if constexpr (R > 2) asm volatile("" : "+m"(tile));
+    // their registers to a larger epilogue's values inside the loop, which then adds to memory.
+    if constexpr (R > 2 && !in_registers) asm volatile("" : "+m"(tile));
   }
   epilogue(tile, row, panel);
 }
@@ -298,7 +305,8 @@ FUSEDRNN_HD void product_by_matrix(const Tiles& tiles, Range panels, RowAt row_a
 // Tiles over rows and panels; row_at(row) points to a row's first element, epilogue(tile, row,
 // panel) takes each finished tile. from_end: the last panel first. The walk's steps read the
 // weights from either end in turn: what the last step left in a cache is used before it has to go.
-template <class F, int NV, int MostRows = kTileRows<F, NV>, class RowAt, class Epilogue>
+template <class F, int NV, Sums kSums = Sums::kInMemory, int MostRows = kTileRows<F, NV>,
+          class RowAt, class Epilogue>
 FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at,
                                   const typename F::Word* packed, int64_t panel_size, int64_t k,
                                   Epilogue epilogue, bool from_end = false) {
@@ -319,19 +327,20 @@ FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at
     for (int64_t t = tiles.mine.begin; t < tiles.mine.end; ++t) {
       const int64_t row = tiles.begin(t);
       with_height<MostRows>(tiles.begin(t + 1) - row, [&](auto r) __attribute__((always_inline)) {
-        multiply_rows<F, NV, decltype(r)::value, 1>(row, panel, row_at, packed, panel_size, k,
-                                                    epilogue, {next, t - tiles.mine.begin});
+        multiply_rows<F, NV, decltype(r)::value, 1, kSums>(
+            row, panel, row_at, packed, panel_size, k, epilogue, {next, t - tiles.mine.begin});
       });
     }
   }
 }
 
-template <class F, int NV, int MostRows = kTileRows<F, NV>, class RowAt, class Epilogue>
+template <class F, int NV, Sums kSums = Sums::kInMemory, int MostRows = kTileRows<F, NV>,
+          class RowAt, class Epilogue>
 FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, const typename F::Word* packed,
                          int64_t panel_size, int64_t k, Epilogue epilogue, bool from_end = false) {
   const int64_t count = tile_count<F, NV, MostRows>(rows.size());
-  product_of_tiles<F, NV, MostRows>({rows, count, {0, count}}, panels, row_at, packed, panel_size,
-                                    k, epilogue, from_end);
+  product_of_tiles<F, NV, kSums, MostRows>({rows, count, {0, count}}, panels, row_at, packed,
+                                           panel_size, k, epilogue, from_end);
 }
 
 // For an epilogue that touches lines which no prefetcher foresees: f(row, panel) for the row of the

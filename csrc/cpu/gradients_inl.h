@@ -11,7 +11,7 @@
 FUSEDRNN_ISA_BEGIN
 
 // k is cut so that a block of a panel stays in a private cache while all rows pass by.
-inline constexpr int64_t kBlockK = 512;
+inline constexpr int64_t kBlockK = kAddedInTurn;
 
 // From so many panels of columns on, the threads' shares of them are nearly equal.
 inline constexpr int64_t kPanelsPerThread = 4;
@@ -141,7 +141,9 @@ class ChunkGradients {
         for (int r = 0; r < lanes; ++r) {
           const int64_t row = (word + r) * kValues;
           const E* at = from + row * stride + i;
-          for (int64_t v = 0; v < kValues; ++v) fetch_to_read(at + (lanes * kValues + v) * stride);
+          for (int64_t v = 0; v < kValues && word + lanes < words_; ++v) {
+            fetch_to_read(at + (lanes * kValues + v) * stride);
+          }
           block[r] = word_of_rows<F>(row < rows_ ? at : nullptr,
                                      row + 1 < rows_ ? at + stride : nullptr, width - i);
         }
@@ -153,9 +155,11 @@ class ChunkGradients {
     }
   }
 
-  // In blocks, whose sums are added in turn: the error grows with a block's length and the number
-  // of blocks, not with the number of rows.
-  void add_sums(S* to, int64_t width) const {
+  // The columns' sums to either bias's gradient, where wanted. In blocks, whose sums are added in
+  // turn: the error grows with a block's length and the number of blocks, not with the number of
+  // rows.
+  void add_sums(S* db_ih, S* db_hh, int64_t width) const {
+    if (db_ih == nullptr && db_hh == nullptr) return;
     constexpr int lanes = kLanes<S>;
     constexpr int64_t block = 16 * lanes;
     for (int64_t i = 0; i < width; i += lanes) {
@@ -169,8 +173,12 @@ class ChunkGradients {
           sums[r] += some;
         }
       }
-      const Vec<S> before = d_.chunk.first ? Vec<S>{} : load(to + i, width - i);
-      store(to + i, before + sums_of<S>(sums), width - i);
+      const Vec<S> sum = sums_of<S>(sums);
+      for (S* to : {db_ih, db_hh}) {
+        if (to == nullptr) continue;
+        const Vec<S> before = d_.chunk.first ? Vec<S>{} : load(to + i, width - i);
+        store(to + i, before + sum, width - i);
+      }
     }
   }
 
@@ -182,14 +190,17 @@ class ChunkGradients {
         fetch_to_write(to + row * n + panel * kWidth + v * kLanes<S>);
       }
     };
-    const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
-                                             int64_t panel) __attribute__((always_inline)) {
-      for (int r = 0; r < R; ++r) with_next_tile(rows, panels, row + R + r, panel, fetch);
-      put_tile(tile, panel, n, !d_.chunk.first, [&](int r) { return to + (row + r) * n; });
-    };
-    product<F, kChunkVectors>(
-        rows, panels, [&](int64_t r) { return column(r); }, args_.panels[which], words_ * kWidth,
-        words_, epilogue);
+    for (int64_t k = 0; k == 0 || k < words_; k += kBlockK) {
+      const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
+                                               int64_t panel) __attribute__((always_inline)) {
+        for (int r = 0; r < R; ++r) with_next_tile(rows, panels, row + R + r, panel, fetch);
+        put_tile(tile, panel, n, !d_.chunk.first || k > 0,
+                 [&](int r) { return to + (row + r) * n; });
+      };
+      product<F, kChunkVectors, Sums::kInRegisters>(
+          rows, panels, [&](int64_t r) { return column(r) + k; }, args_.panels[which] + k * kWidth,
+          words_ * kWidth, std::min(kBlockK, words_ - k), epilogue);
+    }
   }
 
   template <int R, int NV, class RowAt>
@@ -219,17 +230,16 @@ class ChunkGradients {
       const int64_t unit = i % per_block * kGradientRows;
       const int64_t width = std::min(kGradientRows, units - unit);
       take_columns(d_.dgates + block * hidden_ + unit, d_.dgates_stride, width);
+      // Of this block in the parameter's gradient, of n columns; null: not wanted, or not its gate.
+      const auto part = [&](S* gradient, int gate, int64_t n) {
+        return gradient == nullptr || gate < 0 ? nullptr : gradient + (gate * units + unit) * n;
+      };
       const int input_gate = blocks_.input_gate[block], hidden_gate = blocks_.hidden_gate[block];
-      if (input_gate >= 0) {
-        const int64_t row = input_gate * units + unit;
-        if (d_.dw_ih != nullptr) add_outer(d_.dw_ih + row * sizes_.input, sizes_.input, width, 0);
-        if (d_.db_ih != nullptr) add_sums(d_.db_ih + row, width);
-      }
-      if (hidden_gate >= 0) {
-        const int64_t row = hidden_gate * units + unit;
-        if (d_.dw_hh != nullptr) add_outer(d_.dw_hh + row * sizes_.output, sizes_.output, width, 1);
-        if (d_.db_hh != nullptr) add_sums(d_.db_hh + row, width);
-      }
+      S* const dw_ih = part(d_.dw_ih, input_gate, sizes_.input);
+      S* const dw_hh = part(d_.dw_hh, hidden_gate, sizes_.output);
+      if (dw_ih != nullptr) add_outer(dw_ih, sizes_.input, width, 0);
+      if (dw_hh != nullptr) add_outer(dw_hh, sizes_.output, width, 1);
+      add_sums(part(d_.db_ih, input_gate, 1), part(d_.db_hh, hidden_gate, 1), width);
     }
   }
 
@@ -347,8 +357,8 @@ class ChunkGradients {
             return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
           });
         };
-        product_of_tiles<F, kChunkVectors>(tiles, panels, row_at, packed + k * kWidth, all * kWidth,
-                                           size, epilogue);
+        product_of_tiles<F, kChunkVectors, Sums::kInRegisters>(
+            tiles, panels, row_at, packed + k * kWidth, all * kWidth, size, epilogue);
       }
     }
   }

@@ -183,17 +183,25 @@ struct WeightValues {
   }
 };
 
+// Whether a state's rows of (units) lie in the caller's tensor as the kernels read them.
+inline bool lies_as_read(int64_t units, const Schedule& schedule) {
+  return schedule.order == nullptr && schedule.state_row == nullptr && units == padded(units);
+}
+
 // Rows of (B, units) of one direction, in sorted order and where the schedule's states lie, padded
-// with zeros, `in_front` of them before each row; zeros where `state` is null.
+// with zeros, room for `in_front` before each row; zeros where `state` is null.
 template <class S>
 void fill_state(S* to, const S* state, int64_t units, const Schedule& schedule,
                 int64_t in_front = 0) {
   const int64_t stride = in_front + padded(units);
-  std::fill(to, to + state_row(schedule, schedule.batch) * stride, S(0));
-  if (state == nullptr) return;
   for (int64_t b = 0; b < schedule.batch; ++b) {
-    const S* from = state + caller_row(schedule, b) * units;
-    std::copy(from, from + units, to + state_row(schedule, b) * stride + in_front);
+    S* row = to + state_row(schedule, b) * stride + in_front;
+    S* end = row;
+    if (state != nullptr) {
+      const S* from = state + caller_row(schedule, b) * units;
+      end = std::copy(from, from + units, row);
+    }
+    std::fill(end, row + padded(units), S(0));
   }
 }
 

@@ -88,8 +88,9 @@ class StateGradients {
   FUSEDRNN_HD void dh_product(int64_t u, Range rows, bool starting, LeftAt left_at,
                               Epilogue epilogue) const {
     const int64_t k = recurrent_words();
-    product<F, kStepVectors, MostRows>(rows, own_output_panels_, left_at, d_.packed.recurrent,
-                                       k * kWidth, starting ? 0 : k, epilogue, from_end(u));
+    product<F, kStepVectors, Sums::kInMemory, MostRows>(rows, own_output_panels_, left_at,
+                                                        d_.packed.recurrent, k * kWidth,
+                                                        starting ? 0 : k, epilogue, from_end(u));
   }
 
   // The gradient of h_n, of rows whose last step it was.
