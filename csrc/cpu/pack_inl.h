@@ -104,13 +104,21 @@ FUSEDRNN_HD Tile<S, R, NV> scaled(const Tile<int32_t, R, NV>& tile, const Column
   return values;
 }
 
-// sums[r][first + l] = the products of row a[r] and row w[l] of weights, before their lanes are
-// added. A sum is that of `Sets` ones, which take the vectors of k in turns.
-template <class F, int R, int Group, int Sets, class Sums>
-FUSEDRNN_HD void multiply_weight_rows(Sums& sums, int first, const typename F::Word* const (&a)[R],
+// A term of R rows' products with rows of weights, row-major, k words each.
+template <class Word, int R>
+struct DotTerm {
+  const Word* a[R];
+  const Word* weights;
+  int64_t k;
+};
+
+// sums[set][r][l] += the products of row a[r] and row w[l] of weights, their lanes apart. The sets
+// take the vectors of k in turns.
+template <class F, int Sets, int R, int Group>
+FUSEDRNN_HD void multiply_weight_rows(Vec<typename F::Sum> (&sums)[Sets][R][Group],
+                                      const typename F::Word* const (&a)[R],
                                       const typename F::Word* const (&w)[Group], int64_t k) {
   constexpr int lanes = kLanes<typename F::Sum>;
-  Vec<typename F::Sum> sum[Sets][R][Group] = {};
   const auto step = [&](auto& s, auto load_at) __attribute__((always_inline)) {
     for_each_constant<F::kParts>([&](auto part) __attribute__((always_inline)) {
       const auto left_at = [&](int r) __attribute__((always_inline)) {
@@ -131,21 +139,12 @@ FUSEDRNN_HD void multiply_weight_rows(Sums& sums, int first, const typename F::W
   for (; i + Sets * lanes <= k; i += Sets * lanes) {
 #pragma GCC unroll 4
     for (int u = 0; u < Sets; ++u) {
-      step(sum[u], [&](const auto* from) { return load(from + i + u * lanes); });
+      step(sums[u], [&](const auto* from) { return load(from + i + u * lanes); });
     }
   }
-  for (; i + lanes <= k; i += lanes) step(sum[0], [&](const auto* from) { return load(from + i); });
-  if (i < k) step(sum[0], [&](const auto* from) { return load(from + i, k - i); });
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int l = 0; l < Group; ++l) {
-      if constexpr (Sets == 1) sums[r][first + l] = sum[0][r][l];
-      if constexpr (Sets == 4) {
-        sums[r][first + l] = (sum[0][r][l] + sum[1][r][l]) + (sum[2][r][l] + sum[3][r][l]);
-      }
-    }
-  }
+  for (; i + lanes <= k; i += lanes)
+    step(sums[0], [&](const auto* from) { return load(from + i); });
+  if (i < k) step(sums[0], [&](const auto* from) { return load(from + i, k - i); });
 }
 
 // How many rows of weights dot_rows takes at a time beside R other rows: a power of two.
@@ -163,34 +162,62 @@ constexpr int weight_rows() {
 inline constexpr int kWorthOneByOne = 8;
 inline constexpr bool kTakesOneByOne = sizeof(Vec<float>) == 64;
 
-// to[r * to_stride + l] = the product of row a[r] and row l of weights, for `lanes` rows l, of
-// which `valid` exist (the others give 0); row-major, k words each. A function, not inlined: it
-// serves all cells.
-template <class F, int R>
+// to[r * to_stride + l] = the sum of all terms: the products of row r and row l of weights, for
+// `lanes` rows l, of which `valid` exist (the others give 0). A function, not inlined: it serves
+// all cells.
+template <class F, int R, int Count>
 __attribute__((noinline)) void dot_rows(typename F::Sum* to, int64_t to_stride,
-                                        const typename F::Word* const (&a)[R],
-                                        const typename F::Word* weights, int64_t k, int64_t valid) {
+                                        const DotTerm<typename F::Word, R> (&terms)[Count],
+                                        int64_t valid) {
   using Sum = typename F::Sum;
   constexpr int lanes = kLanes<Sum>;
-  Vec<Sum> all[R][lanes];
   const auto in_groups = [&]<int Group, int Sets>() __attribute__((always_inline)) {
+    // By value: the compiler would read them again at each turn.
+    DotTerm<typename F::Word, R> mine[Count];
+#pragma GCC unroll 2
+    for (int i = 0; i < Count; ++i) mine[i] = terms[i];
+    Vec<Sum> all[R][lanes];
     for (int first = 0; first < lanes; first += Group) {
-      const typename F::Word* w[Group];
-      for (int l = 0; l < Group; ++l) w[l] = weights + std::min<int64_t>(first + l, valid - 1) * k;
-      multiply_weight_rows<F, R, Group, Sets>(all, first, a, w, k);
+      Vec<Sum> sums[Sets][R][Group] = {};
+#pragma GCC unroll 2
+      for (int i = 0; i < Count; ++i) {
+        const typename F::Word* w[Group];
+#pragma GCC unroll 16
+        for (int l = 0; l < Group; ++l) {
+          w[l] = mine[i].weights + std::min<int64_t>(first + l, valid - 1) * mine[i].k;
+        }
+        multiply_weight_rows<F>(sums, mine[i].a, w, mine[i].k);
+      }
+      // A group's lanes are added up as far as they meet, while the sums are in registers.
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        Vec<Sum> row[Group];
+#pragma GCC unroll 16
+        for (int l = 0; l < Group; ++l) {
+          row[l] = sums[0][r][l];
+          if constexpr (Sets == 4) {
+            row[l] = (row[l] + sums[1][r][l]) + (sums[2][r][l] + sums[3][r][l]);
+          }
+        }
+        add_stages<1, Group, Sum>(row);
+        all[r][first] = row[0];
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      Vec<Sum> row[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; i += Group) row[i] = all[r][i];
+      add_stages<Group, lanes, Sum>(row);
+      for (int64_t l = valid; l < lanes; ++l) row[0][l] = 0;
+      store(to + r * to_stride, row[0]);
     }
   };
   constexpr bool may = R == 1 && kTakesOneByOne;
-  const bool one_by_one = may && k >= kWorthOneByOne * lanes;
+  const bool one_by_one = may && terms[0].k >= kWorthOneByOne * lanes;
   if constexpr (may) {
     if (one_by_one) in_groups.template operator()<1, 4>();
   }
   if (!one_by_one) in_groups.template operator()<weight_rows<Sum, R>(), 1>();
-  for (int r = 0; r < R; ++r) {
-    Vec<Sum> total = sums_of<Sum>(all[r]);
-    for (int64_t l = valid; l < lanes; ++l) total[l] = 0;
-    store(to + r * to_stride, total);
-  }
 }
 
 // A term of a sum of products: rows of k words, row_at(row) pointing to one, with rows of weights
@@ -209,39 +236,35 @@ FUSEDRNN_HD void product_by_unit(Range rows, Range panels, int64_t units, Epilog
                                  const Term<typename F::Word, RowAt>&... terms) {
   using P = UnitPanel<Gates>;
   using Sum = typename F::Sum;
-  constexpr int lanes = kLanes<Sum>, most = std::min(F::kMostRows, kTallRows),
-                count = sizeof...(terms);
+  constexpr int lanes = kLanes<Sum>, most = std::min(F::kMostRows, kTallRows);
   const int64_t blocks = (rows.size() + most - 1) / most;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (int64_t block = 0; block < blocks; ++block) {
       const Range mine = share(rows.size(), block, blocks);
-      alignas(64) Sum totals[count][most][P::vectors * lanes];
+      alignas(64) Sum totals[most][P::vectors * lanes];
       with_height<most>(mine.size(), [&](auto height) {
         constexpr int R = decltype(height)::value;
-        auto* to = totals;
-        const auto multiply = [&](const auto& term) __attribute__((always_inline)) {
-          const typename F::Word* a[R];
-          for (int r = 0; r < R; ++r) a[r] = term.row_at(rows.begin + mine.begin + r);
-          for (int v = 0; v < P::vectors; ++v) {
-            const int64_t unit = (panel * P::blocks + v / Gates) * lanes;
-            const int64_t valid = std::min<int64_t>(lanes, units - unit);
-            if (valid <= 0) {
-              for (int r = 0; r < R; ++r) store((*to)[r] + v * lanes, Vec<Sum>{});
-              continue;
-            }
-            dot_rows<F, R>((*to)[0] + v * lanes, P::vectors * lanes, a,
-                           term.weights + ((v % Gates) * units + unit) * term.k, term.k, valid);
-          }
-          ++to;
+        // A term's rows, and its rows of weights from `first` on.
+        const auto here = [&](const auto& term, int64_t first) __attribute__((always_inline)) {
+          DotTerm<typename F::Word, R> all = {{}, term.weights + first * term.k, term.k};
+          for (int r = 0; r < R; ++r) all.a[r] = term.row_at(rows.begin + mine.begin + r);
+          return all;
         };
-        (multiply(terms), ...);
+        for (int v = 0; v < P::vectors; ++v) {
+          Sum* to = totals[0] + v * lanes;
+          const int64_t unit = (panel * P::blocks + v / Gates) * lanes;
+          const int64_t valid = std::min<int64_t>(lanes, units - unit);
+          if (valid > 0) {
+            dot_rows<F, R, sizeof...(terms)>(to, P::vectors * lanes,
+                                             {here(terms, (v % Gates) * units + unit)...}, valid);
+          } else {
+            for (int r = 0; r < R; ++r) store(to + r * P::vectors * lanes, Vec<Sum>{});
+          }
+        }
       });
       for (int64_t r = 0; r < mine.size(); ++r) {
         Tile<Sum, 1, P::vectors> tile;
-        for (int v = 0; v < P::vectors; ++v) {
-          tile.sum[0][v] = load(totals[0][r] + v * lanes);
-          for (int i = 1; i < count; ++i) tile.sum[0][v] += load(totals[i][r] + v * lanes);
-        }
+        for (int v = 0; v < P::vectors; ++v) tile.sum[0][v] = load(totals[r] + v * lanes);
         epilogue(tile, rows.begin + mine.begin + r, panel);
       }
     }

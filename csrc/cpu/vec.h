@@ -198,21 +198,24 @@ FUSEDRNN_HD void transpose(Vec<S> (&rows)[kLanes<S>]) {
   transpose_stage<1, S>(rows);
 }
 
-template <int Step, class S>
-FUSEDRNN_HD void add_stage(Vec<S> (&rows)[kLanes<S>]) {
+// Stages Step to End / 2 of sums_of, of the rows whose index they look at: multiples of Step.
+template <int Step, int End, class S, int N>
+FUSEDRNN_HD void add_stages(Vec<S> (&rows)[N]) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes<S>>();
+  if constexpr (Step < End) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes<S>; i += 2 * Step) {
-    rows[i] = interleave<Step, false, S>(rows[i], rows[i + Step], lanes) +
-              interleave<Step, true, S>(rows[i], rows[i + Step], lanes);
+    for (int i = 0; i < N; i += 2 * Step) {
+      rows[i] = interleave<Step, false, S>(rows[i], rows[i + Step], lanes) +
+                interleave<Step, true, S>(rows[i], rows[i + Step], lanes);
+    }
+    add_stages<2 * Step, End, S>(rows);
   }
-  if constexpr (2 * Step < kLanes<S>) add_stage<2 * Step, S>(rows);
 }
 
 // The lanes of the result are the sums of the rows' lanes: a transposition that adds on the way.
 template <class S>
 FUSEDRNN_HD Vec<S> sums_of(Vec<S> (&rows)[kLanes<S>]) {
-  add_stage<1, S>(rows);
+  add_stages<1, kLanes<S>, S>(rows);
   return rows[0];
 }
 
