@@ -142,8 +142,9 @@ FUSEDRNN_HD void multiply_weight_rows(Vec<typename F::Sum> (&sums)[Sets][R][Grou
       step(sums[u], [&](const auto* from) { return load(from + i + u * lanes); });
     }
   }
-  for (; i + lanes <= k; i += lanes)
+  for (; i + lanes <= k; i += lanes) {
     step(sums[0], [&](const auto* from) { return load(from + i); });
+  }
   if (i < k) step(sums[0], [&](const auto* from) { return load(from + i, k - i); });
 }
 
