@@ -37,6 +37,8 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
       state_rows(work, at::get_num_threads(), std::min(hidden, output) * sizeof(S));
   Schedule schedule = storage.view;
   if (!apart.empty()) schedule.state_row = apart.data();
+  // The cell state needs no room of its own.
+  const bool walks_in_c_n = lies_as_read(sizes.hidden, schedule);
   const int64_t states = state_row(schedule, layer.batch);
 
   constexpr bool narrow = !std::is_same_v<S, E>;
@@ -85,8 +87,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     scratch.want(&dir.packed.bias_hn, hidden);
     for (S*& h : dir.h) scratch.want(&h, states * (args.joined + output));
     if (has_cell_state(layer.cell)) {
-      // The final cell state where the walk can keep it there.
-      if (lies_as_read(sizes.hidden, schedule)) {
+      if (walks_in_c_n) {
         dir.c = c_n.mutable_data_ptr<S>() + d * layer.batch * hidden;
       } else {
         scratch.want(&dir.c, states * hidden);
@@ -167,7 +168,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     }
   }
 
-  if (has_cell_state(layer.cell) && !lies_as_read(sizes.hidden, schedule)) {
+  if (has_cell_state(layer.cell) && !walks_in_c_n) {
     S* to = c_n.mutable_data_ptr<S>();
     for (int d = 0; d < layer.directions; ++d) {
       for (int64_t b = 0; b < layer.batch; ++b) {

@@ -10,7 +10,8 @@
 
 FUSEDRNN_ISA_BEGIN
 
-// k is cut so that a block of a panel stays in a private cache while all rows pass by.
+// k is cut so that a block of a panel stays in a private cache while all rows pass by, and no
+// longer than Sums::kInRegisters allows.
 inline constexpr int64_t kBlockK = kAddedInTurn;
 
 // From so many panels of columns on, the threads' shares of them are nearly equal.
@@ -138,10 +139,11 @@ class ChunkGradients {
     for (int64_t word = 0; word < words_; word += lanes) {
       for (int64_t i = 0; i < width; i += lanes) {
         Vec<W> block[lanes];
+        const bool more = word + lanes < words_;
         for (int r = 0; r < lanes; ++r) {
           const int64_t row = (word + r) * kValues;
           const E* at = from + row * stride + i;
-          for (int64_t v = 0; v < kValues && word + lanes < words_; ++v) {
+          for (int64_t v = 0; more && v < kValues; ++v) {
             fetch_to_read(at + (lanes * kValues + v) * stride);
           }
           block[r] = word_of_rows<F>(row < rows_ ? at : nullptr,
