@@ -1,9 +1,9 @@
-// Products with weights as they lie, for calls too short to pack them. Of many rows: the call's
-// rows lie across the vectors and the weights' rows take the place of a tile's rows, so that the
-// few are packed, not the many.
+// Products with weights as they lie, for calls too short to pack them. Of few rows as in
+// few_rows_inl.h. Of more: the call's rows lie across the vectors and the weights' rows take the
+// place of a tile's rows, so that the few are packed, not the many.
 #pragma once
 
-#include "cpu/pack_inl.h"
+#include "cpu/few_rows_inl.h"
 
 FUSEDRNN_ISA_BEGIN
 
@@ -117,7 +117,7 @@ FUSEDRNN_HD void product_across(Range rows, Range panels, int64_t units,
 }
 
 // How many of `rows` are taken so: whole panels, and the rest where it nearly fills one. The others
-// are quicker one by one (pack_inl.h).
+// are quicker one by one (few_rows_inl.h).
 template <class Word>
 constexpr int64_t rows_across(int64_t rows) {
   constexpr int64_t width = kAcrossVectors * kLanes<Word>;

@@ -2,7 +2,7 @@
 // what arrives at the initial states. The same for every cell.
 #pragma once
 
-#include "cpu/pack_inl.h"
+#include "cpu/few_rows_inl.h"
 #include "cpu/walk.h"
 
 FUSEDRNN_ISA_BEGIN
