@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import cuda_cases
 import oracle
@@ -93,6 +94,32 @@ def test_gradients_where_a_single_row_comes_first_or_last(mode: str) -> None:
     check_backward(
         cuda_cases.Call(mode, torch.float64, steps=257, batch=1, both=True, hidden_size=256)
     )
+
+
+@pytest.mark.parametrize("name", oracle.CELLS)
+@pytest.mark.parametrize("batch", [1, 3, 8, 19])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_weights_that_leave_a_cache_are_read_back_and_forth(
+    isa: str, name: str, batch: int, threads: int
+) -> None:
+    """From either end in turn, which changes no bit."""
+    size = 1100 if name == "RNN" else 520  # 6 MB and more, and no whole panels
+    torch.manual_seed(0)
+    theirs = getattr(nn, f"{name}Cell")(size, size)
+    x, *states = (torch.randn(batch, size) for _ in range(3 if name == "LSTM" else 2))
+
+    def run(module: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        given = [t.to(dtype) for t in states]
+        return oracle.tensors(module(x.to(dtype), given if name == "LSTM" else given[0]))
+
+    with oracle.num_threads(threads), torch.no_grad():
+        exact = run(oracle.twin(theirs, torch.float64), torch.float64)
+        first, *others = map(run, [oracle.twin(theirs)] * 4)
+        expected = run(theirs)
+    for mine, other, truth in zip(first, expected, exact, strict=True):
+        assert oracle.error_excess(mine, other, truth) <= oracle.FLOOR_ULPS[torch.float32]
+    for again in others:
+        assert all(map(torch.equal, again, first))
 
 
 @pytest.mark.parametrize("mode", oracle.MODES)

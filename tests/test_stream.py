@@ -102,6 +102,21 @@ def test_steps_are_a_run(kind: str, weights: torch.dtype) -> None:
     assert torch.from_numpy(array).equal(whole)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_steps_of_weights_that_leave_a_cache(kind: str, batch: int, isa) -> None:
+    """They take W_ih and W_hh panel by panel, from either end in turn."""
+    hidden = 1100 if kind == "RNN" else 520
+    size = (hidden, hidden, 1, batch)
+    module, x = make(kind, size), make_input(size, 3)
+    exact = plain(module, x, torch.float32)[0]
+    stream = Stream(module, batch_size=batch)
+    y = torch.stack([stream.step(row) for row in x])
+    assert (y.double() - exact).abs().max() <= 2e-6
+    stream.reset()
+    assert y.equal(torch.stack([stream.step(row) for row in x]))
+
+
 def test_one_row_needs_no_batch_axis() -> None:
     module = make("GRU", (5, 9, 1, 1))
     x = torch.randn(4, 5)

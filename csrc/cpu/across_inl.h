@@ -87,13 +87,14 @@ __attribute__((noinline)) void across_panel(typename F::Sum* to,
 
 // As product_by_unit, from rows that pack_across has packed.
 template <int Gates, class F, int Count, class Epilogue>
-FUSEDRNN_HD void product_across(Range rows, Range panels, int64_t units,
+FUSEDRNN_HD void product_across(Range rows, Range panels, int64_t units, bool from_end,
                                 const PackedTerm<typename F::Word> (&terms)[Count],
                                 Epilogue epilogue) {
   using P = UnitPanel<Gates>;
   using Sum = typename F::Sum;
   constexpr int lanes = kLanes<Sum>, width = kAcrossVectors * lanes;
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+  for (int64_t at = panels.begin; at < panels.end; ++at) {
+    const int64_t panel = panel_at(panels, at, from_end);
     for (int64_t row = rows.begin; row < rows.end; row += width) {
       alignas(64) Sum totals[P::vectors][width * lanes];
       for (int v = 0; v < P::vectors; ++v) {
@@ -129,7 +130,7 @@ constexpr int64_t rows_across(int64_t rows) {
 // rows of each term, filled up to whole panels, or is null: then all rows are taken one by one.
 template <int Gates, class F, class Epilogue, class... RowAt>
 FUSEDRNN_HD void product_unpacked(Range rows, Range panels, int64_t units,
-                                  typename F::Word* scratch, Epilogue epilogue,
+                                  typename F::Word* scratch, bool from_end, Epilogue epilogue,
                                   const Term<typename F::Word, RowAt>&... terms) {
   using Word = typename F::Word;
   constexpr int64_t width = kAcrossVectors * kLanes<Word>;
@@ -144,9 +145,9 @@ FUSEDRNN_HD void product_unpacked(Range rows, Range panels, int64_t units,
       return done;
     };
     const PackedTerm<Word> all[] = {packed(terms)...};
-    product_across<Gates, F>(some, panels, units, all, epilogue);
+    product_across<Gates, F>(some, panels, units, from_end, all, epilogue);
   }
-  product_by_unit<Gates, F>(Range{end, rows.end}, panels, units, epilogue, terms...);
+  product_by_unit<Gates, F>(Range{end, rows.end}, panels, units, from_end, epilogue, terms...);
 }
 
 FUSEDRNN_ISA_END

@@ -135,13 +135,14 @@ struct Term {
 // The sum of all terms by panels of units, as product()'s, from weights (Gates * units, k) as they
 // lie: for calls so short that packing would cost more than it saves.
 template <int Gates, class F, class Epilogue, class... RowAt>
-FUSEDRNN_HD void product_by_unit(Range rows, Range panels, int64_t units, Epilogue epilogue,
-                                 const Term<typename F::Word, RowAt>&... terms) {
+FUSEDRNN_HD void product_by_unit(Range rows, Range panels, int64_t units, bool from_end,
+                                 Epilogue epilogue, const Term<typename F::Word, RowAt>&... terms) {
   using P = UnitPanel<Gates>;
   using Sum = typename F::Sum;
   constexpr int lanes = kLanes<Sum>, most = std::min(F::kMostRows, kTallRows);
   const int64_t blocks = (rows.size() + most - 1) / most;
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+  for (int64_t i = panels.begin; i < panels.end; ++i) {
+    const int64_t panel = panel_at(panels, i, from_end);
     for (int64_t block = 0; block < blocks; ++block) {
       const Range mine = share(rows.size(), block, blocks);
       alignas(64) Sum totals[most][P::vectors * lanes];

@@ -18,6 +18,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
                const Slot& slot)
       : Base(kCell, args, direction, slot),
         save_(args.save),
+        other_end_first_(args.from_end),
         rows_(args.rows + slot.thread * args.rows_stride) {}
 
   void walk() {
@@ -39,7 +40,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
   using Base::sizes_, Base::schedule_, Base::d_, Base::slot_, Base::gates_, Base::zeros_,
       Base::across_, Base::hidden_, Base::output_, Base::own_panels_, Base::own_output_panels_,
       Base::joined_, Base::joined_inputs_, Base::state_stride_, Base::two_terms_, Base::projects_,
-      Base::own_rows_, Base::first_row_;
+      Base::by_panel_, Base::own_rows_, Base::first_row_;
   using typename Base::OutputPanel, typename Base::Panel;
   using CellStep = CellForward<kCell, S, Saved<S, Word>>;
   using Row = typename CellStep::Row;
@@ -73,7 +74,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
     for (int64_t b = mine.begin; b < mine.end; ++b) ::new (&rows_[b]) Row(row_of(t, b));
     const Row* const at_row = rows_;
     const int64_t in_front = joined_inputs_;
-    const bool from_end = turn_ != 0;
+    const bool from_end = (turn_ != 0) != other_end_first_;
     const auto left = [&](int64_t b)
                           __attribute__((always_inline)) { return at_row[b].h_prev - in_front; };
     const auto put_output = [&](int64_t b, int64_t unit, Vec<S> h) __attribute__((always_inline)) {
@@ -164,16 +165,26 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
         const auto x = [&](int64_t b) {
           return d_.x + io_row(schedule_, schedule_.row0[t] + b) * sizes_.input;
         };
-        product_unpacked<kGates, F>(mine, own_panels_, sizes_.hidden, across_, apply,
+        product_unpacked<kGates, F>(mine, own_panels_, sizes_.hidden, across_, from_end, apply,
                                     Term<S, decltype(x)>{x, d_.weights.w_ih, sizes_.input},
                                     Term<S, decltype(left)>{left, d_.weights.w_hh, sizes_.output});
       }
     }
     if (!two_terms_) {
-      this->template multiply_units<kGates>(mine, own_panels_, left_rows(mine, sizes_.output, left),
-                                            d_.packed.recurrent, d_.weights.w_hh,
-                                            d_.packed.recurrent_scale, sizes_.hidden,
-                                            joined_inputs_ + sizes_.output, apply, from_end);
+      const auto from = left_rows(mine, sizes_.output, left);
+      const auto multiply = [&](Range panels) {
+        this->template multiply_units<kGates>(
+            mine, panels, from, d_.packed.recurrent, d_.weights.w_hh, d_.packed.recurrent_scale,
+            sizes_.hidden, joined_inputs_ + sizes_.output, apply, from_end);
+      };
+      const int64_t at_once = by_panel_ ? kRowPanels<Panel::vectors> : own_panels_.size();
+      const int64_t turns = by_panel_ ? (own_panels_.size() + at_once - 1) / at_once : 1;
+      for (int64_t i = 0; i < turns; ++i) {
+        const int64_t begin = own_panels_.begin + (from_end ? turns - 1 - i : i) * at_once;
+        const Range panels = {begin, std::min(begin + at_once, own_panels_.end)};
+        if (by_panel_) this->project(panels);
+        multiply(panels);
+      }
     }
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {
@@ -257,6 +268,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
   }
 
   const bool save_;
+  const bool other_end_first_;
   Row* const rows_;  // of the step
   int turn_ = 0;
 };

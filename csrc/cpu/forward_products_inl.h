@@ -40,6 +40,7 @@ class ForwardProducts {
         state_stride_(joined_ + output_),
         two_terms_(kExact && !n_apart_ && across_ != nullptr && schedule_.steps == 1),
         projects_(joined_ == 0 && !two_terms_),
+        by_panel_(kExact && args.by_panel && projects_),
         own_rows_(own_rows(schedule_, d_.chunk, slot)),
         first_row_(schedule_.row0[d_.chunk.begin]) {}
 
@@ -66,9 +67,13 @@ class ForwardProducts {
     }
   }
 
-  // A group projects the rows that it walks: no other core reads their gates.
   void project() const {
-    if (!projects_) return;
+    if (projects_ && !by_panel_) project(own_panels_);
+  }
+
+ protected:
+  // A group projects the rows that it walks: no other core reads their gates.
+  __attribute__((noinline)) void project(Range panels) const {
     const int64_t rows = group_rows_ == nullptr
                              ? schedule_.row0[d_.chunk.end] - first_row_
                              : find_chunk_rows(schedule_, d_.chunk, own_rows_, group_rows_);
@@ -100,15 +105,15 @@ class ForwardProducts {
       });
     };
     const auto multiply = [&](auto left) __attribute__((always_inline)) {
-      const int64_t at_once = packs_on_the_way_ ? 1 : own_panels_.size();
-      for (int64_t i = own_panels_.begin; i < own_panels_.end; i += at_once) {
-        const Range panels = {i, i + at_once};
+      const int64_t at_once = packs_on_the_way_ ? 1 : panels.size();
+      for (int64_t i = panels.begin; i < panels.end; i += at_once) {
+        const Range some = {i, i + at_once};
         Word* packed = d_.packed.input;
         if (packs_on_the_way_) {
           packed += (own_panels_.end - 1 - i) * panel_words(sizes_.input);
-          pack_input(packed, panels, words_of<F>(sizes_.input));
+          pack_input(packed, some, words_of<F>(sizes_.input));
         }
-        multiply_units<kGates>(mine, panels, left, packed, d_.weights.w_ih, d_.packed.input_scale,
+        multiply_units<kGates>(mine, some, left, packed, d_.weights.w_ih, d_.packed.input_scale,
                                sizes_.hidden, sizes_.input, epilogue);
       }
     };
@@ -127,7 +132,6 @@ class ForwardProducts {
     }
   }
 
- protected:
   static constexpr bool kExact = std::is_same_v<F, Exact<S>>;
   using Panel = UnitPanel<kGates>;
   using OutputPanel = UnitPanel<1>;
@@ -180,7 +184,7 @@ class ForwardProducts {
     };
     if constexpr (!std::is_same_v<F, Int8>) {  // 8-bit weights are frozen ones, and packed
       if (packed == nullptr) {
-        return product_unpacked<Gates, F>(rows, panels, units, across_, values,
+        return product_unpacked<Gates, F>(rows, panels, units, across_, from_end, values,
                                           Term<Word, Left>{left, weights, words});
       }
     }
@@ -223,6 +227,7 @@ class ForwardProducts {
   // A single step of many rows: one sum of both products, no projection before either.
   const bool two_terms_;
   const bool projects_;
+  const bool by_panel_;  // and when, in place of project()
   const Range own_rows_;
   const int64_t first_row_;  // packed, of the chunk
 };

@@ -21,22 +21,25 @@ int64_t private_cache() {
 
 // Below so many multiplications, a second thread costs more than it saves.
 struct Least {
-  double call;        // in all
-  double two_caches;  // the same where the weights would leave one private cache
-  double step;        // of one thread between two barriers
+  double call;  // in all
+  double step;  // of one thread between two barriers
 };
 
 // Backward meets four times at least, forward once or twice.
 Least least_of(Distance distance, bool training) {
   switch (distance) {
     case Distance::kNear:
-      return {7e5, 2.5e5, 4e3};
+      return {7e5, 4e3};
     case Distance::kFar:
-      return {training ? 8e6 : 2e6, 1e6, 3e4};
+      return {training ? 3e6 : 7e5, 2e4};
     default:
-      return {7e5, 2.5e5, 1.2e4};
+      return {7e5, 1.2e4};
   }
 }
+
+// The same of a call whose weights would leave one private cache, at any distance: what a second
+// core saves there is a way to the shared cache for each line.
+constexpr double kLeastOfTwoCaches = 2.5e5;
 
 constexpr int64_t kRowsPerGroup = 4;
 // From this many rows a group on, weights from the shared cache arrive as fast as they are used.
@@ -75,6 +78,10 @@ bool worth_packing_backward(const Schedule& schedule, const Workload& work) {
   return schedule.steps > 1 || work.pairs > kFewRows;
 }
 
+bool goes_back_and_forth(const Workload& work) {
+  return is_one_step(work) && weights_of(work) * work.weight_size > private_cache() * 3 / 4;
+}
+
 Plan plan_team(const Workload& work, int threads) {
   Plan plan;
   threads = std::min(threads, kMaxThreads);
@@ -86,7 +93,7 @@ Plan plan_team(const Workload& work, int threads) {
       weights_of(work) * work.weight_size * (work.products > 1 ? 8. / 3 : 4. / 3);
   const Least least = least_of(work.distance, work.products > 1);
   const bool leaves_cache = footprint > private_cache();
-  if (threads <= 1 || multiplications(work) < (leaves_cache ? least.two_caches : least.call)) {
+  if (threads <= 1 || multiplications(work) < (leaves_cache ? kLeastOfTwoCaches : least.call)) {
     return plan;
   }
   if (work.directions == 2 && threads % 2 == 0) plan.directions = 2;
@@ -145,7 +152,7 @@ bool joins_input(Workload work, int threads, int vector_bytes) {
 }
 
 bool depends_on_distance(Workload work, int threads) {
-  if (threads == 1 || multiplications(work) < least_of(Distance::kNear, false).two_caches) {
+  if (threads == 1 || multiplications(work) < kLeastOfTwoCaches) {
     return false;
   }
   int fewest = threads, most = 1;

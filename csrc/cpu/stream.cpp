@@ -205,6 +205,7 @@ class Layer final : public FrozenLayer {
     args_.schedule = {steps, batch_, rows_.data(), row0_.data(), nullptr, nullptr, nullptr};
     const Workload work = {
         cell, sizes, 1, batch_, steps * batch_, sizeof(float), frozen_->value_size, 1};
+    args_.by_panel = batch_ < kLeastAcross && goes_back_and_forth(work);
     const auto plan = [&](int given) { return plan_team(work, given); };
     int wanted = plan(threads).threads();
     if (wanted > 1 && multiplications(work) < kWorthWaking && !pace_.is_quick(Pace::Clock::now())) {
@@ -228,6 +229,7 @@ class Layer final : public FrozenLayer {
   void set_state(const float* h, const float* c) override {
     auto& d = args_.direction[0];
     const int64_t hidden = sizes.hidden_padded(), output = sizes.output_padded();
+    d.turn = 0;  // what follows has the same bits, however many steps came before
     for (float* to : d.h) {
       std::fill(to, to + batch_ * output, 0.0f);
       if (h != nullptr) copy_rows(to, output, h, sizes.output, sizes.output);

@@ -115,6 +115,9 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   forward.directions = 1;
   forward.save = true;
   forward.joined = joined;
+  // Of one step, either order.
+  forward.from_end = steps == 1 && c.reverse;
+  forward.by_panel = forward.from_end && pairs < kLeastAcross;
   forward.zeros = zeros.data();
   ForwardDirection<S, W>& f = forward.direction[0];
   f.reverse = c.reverse;
