@@ -31,12 +31,14 @@ void pack_across(Word* packed, Range rows, int64_t k, RowAt row_at) {
   }
 }
 
-// A term of a panel of rows, packed: their products with rows of k words of weights.
+// A term of a panel of rows, packed: their products with rows of k words of weights. Those from
+// `next` on are fetched meanwhile, unless that is null.
 template <class Word>
 struct PackedTerm {
   const Word* packed;
   const Word* weights;
   int64_t k;
+  const Word* next;
 };
 
 // k of a turn: as kAddedInTurn, for calls of so few rows that a product by columns of k, as torch's
@@ -76,7 +78,9 @@ __attribute__((noinline)) void across_panel(typename F::Sum* to,
                     sum = first ? tile.sum[r][v] : sum + tile.sum[r][v];
                   }
                 }
-              });
+              },
+          /*from_end=*/false,
+          term->next == nullptr ? nullptr : term->next + i * kLine<typename F::Word>);
     }
   }
   for (int v = 0; v < kAcrossVectors; ++v) {
@@ -95,6 +99,8 @@ FUSEDRNN_HD void product_across(Range rows, Range panels, int64_t units, bool fr
   constexpr int lanes = kLanes<Sum>, width = kAcrossVectors * lanes;
   for (int64_t at = panels.begin; at < panels.end; ++at) {
     const int64_t panel = panel_at(panels, at, from_end);
+    // Rows side by side, short ones, are no stream that a prefetcher follows.
+    const int64_t units_on = (from_end ? -1 : 1) * P::blocks * lanes;
     for (int64_t row = rows.begin; row < rows.end; row += width) {
       alignas(64) Sum totals[P::vectors][width * lanes];
       for (int v = 0; v < P::vectors; ++v) {
@@ -103,8 +109,11 @@ FUSEDRNN_HD void product_across(Range rows, Range panels, int64_t units, bool fr
         const int64_t first = (v % Gates) * units + std::min(unit, units);
         PackedTerm<typename F::Word> here[Count];
         for (int i = 0; i < Count; ++i) {
-          here[i] = {terms[i].packed + (row - rows.begin) * terms[i].k,
-                     terms[i].weights + first * terms[i].k, terms[i].k};
+          const auto& term = terms[i];
+          const auto* weights = term.weights + first * term.k;
+          const bool fetches = row == rows.begin && at + 1 < panels.end;
+          here[i] = {term.packed + (row - rows.begin) * term.k, weights, term.k,
+                     fetches ? weights + units_on * term.k : nullptr};
         }
         across_panel<F>(totals[v], here, Count, valid);
       }
@@ -139,7 +148,7 @@ FUSEDRNN_HD void product_unpacked(Range rows, Range panels, int64_t units,
     const Range some = {first, std::min(first + kMostAcross, end)};
     Word* to = scratch;
     const auto packed = [&](const auto& term) {
-      const PackedTerm<Word> done = {to, term.weights, term.k};
+      const PackedTerm<Word> done = {to, term.weights, term.k, nullptr};
       pack_across(to, some, term.k, term.row_at);
       to += (some.size() + width - 1) / width * width * term.k;
       return done;

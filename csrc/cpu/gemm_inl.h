@@ -136,16 +136,20 @@ FUSEDRNN_HD void multiply(Tile<typename F::Sum, R, NV>& tile, int first, const W
 template <int NV>
 inline constexpr int kRowPanels = NV <= 4 ? 2 : 1;
 
-// Which panel is wanted next, and the how many-th tile of this one it is: each tile fetches a part.
+// The panel that is wanted next, and the how many-th tile of this one it is: each tile fetches a
+// part.
+template <class Word>
 struct Ahead {
-  int64_t panel, tile;
+  const Word* panel;
+  int64_t tile;
 };
 
 template <class F, int NV, int R, int Panels, Sums kSums = Sums::kInMemory, class RowAt,
           class Epilogue>
 FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at,
                                const typename F::Word* packed, int64_t panel_size, int64_t k,
-                               Epilogue& epilogue, Ahead next, bool from_end = false) {
+                               Epilogue& epilogue, Ahead<typename F::Word> next,
+                               bool from_end = false) {
   using Word = typename F::Word;
   const int64_t first = from_end && k > 0 ? k - 1 : 0, way = from_end ? -1 : 1;
   constexpr int strip = strip_vectors(NV), all = NV * Panels;
@@ -169,7 +173,7 @@ FUSEDRNN_HD void multiply_rows(int64_t row, int64_t panel, RowAt& row_at,
   for (int v = 0; v < all; v += width) {
     const Word* strips = packed + panel * panel_size + v / strip * strip_size + first * b_step;
     const int64_t part = (next.tile * (all / width) + v / width) % lines;
-    const Word* ahead = packed + next.panel * panel_size + part * k * kLine<Word>;
+    const Word* ahead = next.panel + part * k * kLine<Word>;
     const auto add_products = [&](const Word* const(&from)[R], int64_t begin,
                                   int64_t end) __attribute__((always_inline)) {
       multiply<F, strip, width, sets>(tile, v, from, way, strips + begin * way * b_step,
@@ -202,16 +206,17 @@ FUSEDRNN_HD void product_of_row(int64_t row, Range panels, RowAt row_at,
                                 Epilogue epilogue, bool from_end) {
   constexpr int at_once = kRowPanels<NV>;
   const int64_t pairs = panels.size() / at_once;
+  const Ahead<typename F::Word> none = {packed, 0};  // a low tile fetches nothing
   const auto single = [&] __attribute__((always_inline)) {
     if (panels.size() % at_once == 0) return;
-    multiply_rows<F, NV, 1, 1>(row, panels.end - 1, row_at, packed, panel_size, k, epilogue, {},
+    multiply_rows<F, NV, 1, 1>(row, panels.end - 1, row_at, packed, panel_size, k, epilogue, none,
                                from_end);
   };
   if (from_end) single();
   for (int64_t i = 0; i < pairs; ++i) {
     const int64_t pair = from_end ? pairs - 1 - i : i;
     multiply_rows<F, NV, 1, at_once>(row, panels.begin + at_once * pair, row_at, packed, panel_size,
-                                     k, epilogue, {}, from_end);
+                                     k, epilogue, none, from_end);
   }
   if (!from_end) single();
 }
@@ -305,11 +310,13 @@ FUSEDRNN_HD void product_by_matrix(const Tiles& tiles, Range panels, RowAt row_a
 // Tiles over rows and panels; row_at(row) points to a row's first element, epilogue(tile, row,
 // panel) takes each finished tile. from_end: the last panel first. The walk's steps read the
 // weights from either end in turn: what the last step left in a cache is used before it has to go.
+// Tall tiles fetch k lines each from `wanted` on where it is given, in place of the next panel.
 template <class F, int NV, Sums kSums = Sums::kInMemory, int MostRows = kTileRows<F, NV>,
           class RowAt, class Epilogue>
 FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at,
                                   const typename F::Word* packed, int64_t panel_size, int64_t k,
-                                  Epilogue epilogue, bool from_end = false) {
+                                  Epilogue epilogue, bool from_end = false,
+                                  const typename F::Word* wanted = nullptr) {
   if (tiles.mine.size() <= 0) return;
   if (tiles.rows.size() == 1) {
     product_of_row<F, NV>(tiles.rows.begin, panels, row_at, packed, panel_size, k, epilogue,
@@ -324,11 +331,13 @@ FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at
   for (int64_t i = panels.begin; i < panels.end; ++i) {
     const int64_t panel = panel_at(panels, i, from_end);
     const int64_t next = panel_at(panels, std::min(i + 1, panels.end - 1), from_end);
+    const auto* next_panel = wanted != nullptr ? wanted : packed + next * panel_size;
     for (int64_t t = tiles.mine.begin; t < tiles.mine.end; ++t) {
       const int64_t row = tiles.begin(t);
       with_height<MostRows>(tiles.begin(t + 1) - row, [&](auto r) __attribute__((always_inline)) {
         multiply_rows<F, NV, decltype(r)::value, 1, kSums>(
-            row, panel, row_at, packed, panel_size, k, epilogue, {next, t - tiles.mine.begin});
+            row, panel, row_at, packed, panel_size, k, epilogue,
+            {next_panel, wanted != nullptr ? 0 : t - tiles.mine.begin});
       });
     }
   }
@@ -337,10 +346,11 @@ FUSEDRNN_HD void product_of_tiles(const Tiles& tiles, Range panels, RowAt row_at
 template <class F, int NV, Sums kSums = Sums::kInMemory, int MostRows = kTileRows<F, NV>,
           class RowAt, class Epilogue>
 FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, const typename F::Word* packed,
-                         int64_t panel_size, int64_t k, Epilogue epilogue, bool from_end = false) {
+                         int64_t panel_size, int64_t k, Epilogue epilogue, bool from_end = false,
+                         const typename F::Word* wanted = nullptr) {
   const int64_t count = tile_count<F, NV, MostRows>(rows.size());
   product_of_tiles<F, NV, kSums, MostRows>({rows, count, {0, count}}, panels, row_at, packed,
-                                           panel_size, k, epilogue, from_end);
+                                           panel_size, k, epilogue, from_end, wanted);
 }
 
 // For an epilogue that touches lines which no prefetcher foresees: f(row, panel) for the row of the
