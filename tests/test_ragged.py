@@ -149,6 +149,14 @@ def test_projection(bias: bool, bidirectional: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", oracle.MODES)
+def test_few_steps_of_large_weights(mode: str) -> None:
+    """No more (step, row) pairs than rows, and yet several steps; more weights than a cache holds."""
+    size = 1100 if mode.startswith("RNN") else 520
+    net = build(mode, input_size=size, hidden_size=size)
+    check(net, Given(net, LENGTHS["fewer steps in all than rows"], "none"))
+
+
+@pytest.mark.parametrize("mode", oracle.MODES)
 def test_each_instruction_set(mode: str, isa: str) -> None:
     for hidden in (1, 8, 17, 33):
         net = build(mode, hidden_size=hidden, bidirectional=True)

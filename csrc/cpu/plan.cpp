@@ -87,12 +87,10 @@ Plan plan_team(const Workload& work, int threads) {
   threads = std::min(threads, kMaxThreads);
   const Sizes& s = work.sizes;
   const double recurrent = static_cast<double>(gate_blocks(work.cell)) * s.hidden * s.output;
-  // Weights take a part of a cache from all else; a training step's leave it with their gradients,
-  // at half the size.
-  const double footprint =
-      weights_of(work) * work.weight_size * (work.products > 1 ? 8. / 3 : 4. / 3);
+  // Half a cache is for all else; a training step's weights leave it with their gradients.
+  const double footprint = weights_of(work) * work.weight_size * (work.products > 1 ? 8. / 3 : 2);
   const Least least = least_of(work.distance, work.products > 1);
-  const bool leaves_cache = footprint > private_cache();
+  const bool leaves_cache = footprint >= private_cache();
   if (threads <= 1 || multiplications(work) < (leaves_cache ? kLeastOfTwoCaches : least.call)) {
     return plan;
   }

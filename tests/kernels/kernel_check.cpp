@@ -131,8 +131,10 @@ void check(const Case& c, const Problem& p, const Expected& want) {
     f.packed.input = nullptr;
   } else if (pairs < 12 || steps == 1) {
     f.packed.input = f.packed.recurrent = f.packed.projection = nullptr;
-    forward.across_stride = whole_panels(pairs) * words_of<E>(std::max(c.input + P, H));
-    forward.across = rooms.take<W>(c.plan.threads() * forward.across_stride);
+    if (!forward.by_panel) {
+      forward.across_stride = whole_panels(pairs) * words_of<E>(std::max(c.input + P, H));
+      forward.across = rooms.take<W>(c.plan.threads() * forward.across_stride);
+    }
   }
   std::vector<ForwardRow<S, Saved<S, W>>> rows(c.plan.threads() * c.batch);
   forward.rows = rows.data();
