@@ -150,7 +150,7 @@ def test_projection(bias: bool, bidirectional: bool) -> None:
 
 @pytest.mark.parametrize("mode", oracle.MODES)
 def test_few_steps_of_large_weights(mode: str) -> None:
-    """No more (step, row) pairs than rows, and yet several steps; more weights than a cache holds."""
+    """Several steps, though no more (step, row) pairs than rows; weights that leave a cache."""
     size = 1100 if mode.startswith("RNN") else 520
     net = build(mode, input_size=size, hidden_size=size)
     check(net, Given(net, LENGTHS["fewer steps in all than rows"], "none"))
