@@ -222,8 +222,7 @@ struct ForwardArgs {
   bool save;       // keep activated gates (and cells) for backward
   int64_t joined;  // values in front of each state in h, the last I of them the step's x, so that
                    // one product takes both; 0: x is projected ahead, a chunk at a time
-  bool
-      by_panel;  // of a single step: a panel of W_ih and one of W_hh in turn, not all of W_ih ahead
+  bool by_panel;   // of a single step: a panel of W_ih and one of W_hh in turn; else W_ih ahead
   bool from_end;   // the first step takes the panels from the last to the first, the next one back
   const S* zeros;  // (Sizes::zero_count)
   W* words;        // scratch: per thread, rows of x or of a state in words; unused where W is S

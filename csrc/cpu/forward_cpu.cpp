@@ -60,7 +60,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   args.directions = layer.directions;
   args.save = save;
   args.joined = joins ? padded(sizes.input) : 0;
-  if (!packs && schedule.steps == 1 && goes_back_and_forth(work)) {
+  if (!packs && goes_back_and_forth(schedule, work)) {
     args.by_panel = most_rows < kLeastAcross;
     args.from_end = began_at_other_end(in.params[0]);
   }

@@ -59,6 +59,7 @@ double weights_of(const Workload& work) {
   return static_cast<double>(gate_blocks(work.cell)) * s.hidden * (s.input + s.output);
 }
 
+// No more rows in all than take part in one step: ragged ones may still have several steps.
 bool is_one_step(const Workload& work) { return work.pairs <= work.batch; }
 
 }  // namespace
@@ -78,8 +79,8 @@ bool worth_packing_backward(const Schedule& schedule, const Workload& work) {
   return schedule.steps > 1 || work.pairs > kFewRows;
 }
 
-bool goes_back_and_forth(const Workload& work) {
-  return is_one_step(work) && weights_of(work) * work.weight_size > private_cache() * 3 / 4;
+bool goes_back_and_forth(const Schedule& schedule, const Workload& work) {
+  return schedule.steps == 1 && weights_of(work) * work.weight_size > private_cache() * 3 / 4;
 }
 
 Plan plan_team(const Workload& work, int threads) {

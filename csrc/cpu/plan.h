@@ -36,9 +36,10 @@ bool worth_packing(const Workload& work);
 // have.
 bool worth_packing_backward(const Schedule& schedule, const Workload& work);
 
-// Whether the weights of a single step are more than a private cache holds: read from either end in
-// turn with the step before, as much of them as it held then needs not come from further away.
-bool goes_back_and_forth(const Workload& work);
+// Whether this is a single step, by the schedule and not by its rows alone, whose weights are more
+// than a private cache holds: read from either end in turn with the step before, as much of them as
+// it held then needs not come from further away.
+bool goes_back_and_forth(const Schedule& schedule, const Workload& work);
 
 Plan plan_team(const Workload& work, int threads);
 

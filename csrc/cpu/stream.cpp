@@ -205,7 +205,7 @@ class Layer final : public FrozenLayer {
     args_.schedule = {steps, batch_, rows_.data(), row0_.data(), nullptr, nullptr, nullptr};
     const Workload work = {
         cell, sizes, 1, batch_, steps * batch_, sizeof(float), frozen_->value_size, 1};
-    args_.by_panel = batch_ < kLeastAcross && goes_back_and_forth(work);
+    args_.by_panel = batch_ < kLeastAcross && goes_back_and_forth(args_.schedule, work);
     const auto plan = [&](int given) { return plan_team(work, given); };
     int wanted = plan(threads).threads();
     if (wanted > 1 && multiplications(work) < kWorthWaking && !pace_.is_quick(Pace::Clock::now())) {
