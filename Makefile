@@ -22,6 +22,8 @@ ifneq ($(VENV),)
 PY := $(VENV)/bin/python
 ENV := $(VENV)/.stamp-dev
 BENCH_ENV := $(VENV)/.stamp-bench
+# Two tests at a time (pytest-xdist): most of them leave a core idle.
+SIDE_BY_SIDE := -n 2 --dist worksteal
 else
 PY := $(PYTHON)
 ENV := build/.stamp-given
@@ -40,7 +42,7 @@ bench-env: $(BENCH_ENV)  ## the same, with the peers that `make bench` compares 
 build: build/.stamp-installed  ## compile what has changed, install in place
 
 test: build  ## the whole test suite; ARGS="-k gru" is passed on
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 demo: build  ## train a character model with torch.nn and with fusedrnn, side by side
 	$(PY) examples/char_lm.py $(ARGS)

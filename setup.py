@@ -64,7 +64,10 @@ def cuda_version() -> str | None:
 
 def extension() -> Extension:
     cuda = cuda_version()
-    files = [*sources("*.cpp"), *sources("cpu/*.cpp")]
+    # The kernels, which take longest, first: no core should be left with one of them at the end.
+    kernels = sources("cpu/kernels_*.cpp")
+    others = [*sources("*.cpp"), *sources("cpu/*.cpp")]
+    files = [*kernels, *(file for file in others if file not in kernels)]
     flags = {"cxx": CXX_FLAGS}
     make = CppExtension
     if cuda is not None:

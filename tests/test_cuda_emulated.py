@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import cuda_cases
+import emulation
 import oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_tf32")
@@ -84,14 +85,15 @@ def test_more_steps_than_a_kernel_takes(
     ops: Any, strategy: str, mode: str, dtype: torch.dtype, packed: bool
 ) -> None:
     """The state goes from one kernel to the next; some rows end in the first one."""
+    most = emulation.MOST_STEPS
     call = cuda_cases.Call(
         mode,
         dtype,
         both=True,
-        lengths=(520, 300, 256, 1),
+        lengths=(2 * most + 8, most + 5, most, 1),
         packed=packed,
         batch=4,
-        steps=520,
+        steps=2 * most + 8,
         input_size=2,
         hidden_size=3,
     )

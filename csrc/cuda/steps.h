@@ -79,8 +79,11 @@ struct Order {
   }
 };
 
-// The most steps of a PartOfWalk, which must fit among a kernel's parameters.
-inline constexpr int64_t kMostSteps = 256;
+// The most steps of a PartOfWalk, which must fit among a kernel's parameters. Tests set fewer.
+#ifndef FUSEDRNN_MOST_STEPS
+  #define FUSEDRNN_MOST_STEPS 256
+#endif
+inline constexpr int64_t kMostSteps = FUSEDRNN_MOST_STEPS;
 
 // Steps [begin, end) in time of a walk, for a kernel that takes them all.
 struct PartOfWalk {
