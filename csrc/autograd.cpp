@@ -6,6 +6,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
@@ -212,10 +213,12 @@ bool suits(const OptionalTensor& t, at::IntArrayRef shape, const at::Tensor& x) 
          (t->sizes() == shape && t->scalar_type() == x.scalar_type() && t->device() == x.device());
 }
 
+// torch.jit.trace gives programs for inference, and compares two traces, of which the second is
+// made without gradients.
 bool records(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
              const std::vector<at::Tensor>& params) {
   const auto requires_grad = [](const at::Tensor& t) { return t.requires_grad(); };
-  return at::GradMode::is_enabled() &&
+  return at::GradMode::is_enabled() && !torch::jit::tracer::isTracing() &&
          (std::any_of(params.begin(), params.end(), requires_grad) || requires_grad(x) ||
           (h0 && requires_grad(*h0)) || (c0 && requires_grad(*c0)));
 }

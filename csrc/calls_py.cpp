@@ -23,10 +23,11 @@ namespace py = pybind11;
 // it again were 2,000 of the 54,000 instructions of the shortest one (callgrind).
 constexpr double kWorthUnlocking = 1e6;
 
+// Not what a trace knows by symbols for its sizes alone.
 bool read(py::handle from, at::Tensor& to) {
   if (!THPVariable_Check(from.ptr())) return false;
   to = THPVariable_Unpack(from.ptr());
-  return true;
+  return !to.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
 }
 
 bool read(py::handle from, OptionalTensor& to) {

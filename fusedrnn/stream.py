@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedrnn._ops import _C
+from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
+from fusedrnn.modules import GRU, LSTM, RNN
 from fusedrnn.reference import GATES
 
 __all__ = ["Stream"]
@@ -16,6 +18,14 @@ __all__ = ["Stream"]
 Array = TypeVar("Array", Tensor, np.ndarray)
 
 _FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+# What a module may do when it is called: all else a stream would leave out.
+_FORWARDS = {
+    kind.forward
+    for kind in (
+        *(RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell),
+        *(nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell),
+    )
+}
 
 
 class Stream:
@@ -44,8 +54,8 @@ class Stream:
 
     Raises:
         TypeError: module or weights are of another kind.
-        ValueError: the module is bidirectional, a hook computes a weight of it, batch_size is no
-            integer or below 1, or rows of weights are too long for sums of int8.
+        ValueError: the module is bidirectional, has forward hooks or a ``forward`` of its own,
+            batch_size is no integer or below 1, or rows of weights are too long for sums of int8.
     """
 
     def __init__(
@@ -67,6 +77,7 @@ class Stream:
             (mode, [None if p is None else _plain(p) for p in tensors])
             for mode, tensors in _layers_of(module)
         ]
+        _check_forward(module)
         self._modes = [mode for mode, _ in params]
         self._sizes = [(p[1].shape[1], p[0].shape[0] // GATES[mode]) for mode, p in params]
         if weights == torch.int8:
@@ -187,6 +198,16 @@ def _weight(module: nn.Module, name: str) -> Tensor | None:
     return getattr(module, name, None)
 
 
+def _check_forward(module: nn.Module) -> None:
+    if "forward" in vars(module) or type(module).forward not in _FORWARDS:
+        raise ValueError(
+            f"module: {type(module).__name__} has a forward of its own, which a stream would not "
+            "call"
+        )
+    if module._forward_pre_hooks or module._forward_hooks:
+        raise ValueError("module has forward hooks, which a stream would not call: remove them")
+
+
 def _layers_of(module: nn.Module) -> list[tuple[str, list[Tensor | None]]]:
     """The mode and w_ih, w_hh, b_ih, b_hh, w_hr of each layer, None for what it lacks."""
     if isinstance(module, nn.RNNBase):
@@ -205,6 +226,11 @@ def _layers_of(module: nn.Module) -> list[tuple[str, list[Tensor | None]]]:
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             if mode == "RNN":
                 mode = f"RNN_{module.nonlinearity.upper()}"
+                if mode not in GATES:
+                    raise ValueError(
+                        "module: nonlinearity must be 'tanh' or 'relu', got "
+                        f"{module.nonlinearity!r}"
+                    )
             return [(mode, [*(_weight(module, name) for name in names), None])]
     raise TypeError(
         "module must be an RNN, LSTM, GRU or one of their cells, got " + type(module).__name__

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fusedrnn
 from fusedrnn import Stream
@@ -60,6 +61,38 @@ def test_bad_modules() -> None:
     for batch in (0, -1, 2.0):
         with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
             Stream(nn.GRU(3, 4), batch_size=batch)
+
+
+def test_modules_that_compute_something_else() -> None:
+    class Doubled(nn.LSTM):
+        def forward(self, input, hx=None):
+            return super().forward(2 * input, hx)
+
+    parametrized = parametrize.register_parametrization(
+        Doubled(3, 4), "weight_hh_l0", nn.Identity()
+    )
+    patched, patched_cell = fusedrnn.GRU(3, 4), nn.GRUCell(3, 4)
+    patched.forward = patched_cell.forward = lambda input: input
+    for module in (Doubled(3, 4), parametrized, patched, patched_cell):
+        with pytest.raises(ValueError, match="has a forward of its own"):
+            Stream(module)
+    for register in ("register_forward_pre_hook", "register_forward_hook"):
+        for module in (nn.RNN(3, 4), fusedrnn.LSTMCell(3, 4)):
+            handle = getattr(module, register)(lambda *_: None)
+            with pytest.raises(ValueError, match="module has forward hooks"):
+                Stream(module)
+            handle.remove()
+            Stream(module)
+    unknown = nn.RNNCell(3, 4)
+    unknown.nonlinearity = "foo"
+    with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu', got 'foo'"):
+        Stream(unknown)
+
+    class Renamed(fusedrnn.GRU):
+        pass
+
+    Stream(Renamed(3, 4))
+    Stream(parametrize.register_parametrization(nn.GRU(3, 4), "weight_hh_l0", nn.Identity()))
 
 
 def test_bad_input() -> None:
