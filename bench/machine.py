@@ -31,16 +31,20 @@ def version(package: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
-    """The commit that was measured, with a mark if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+def commit(root: Path = Path(__file__).parent) -> str | None:
+    """The commit that was measured, with a mark if files differ from it, results apart."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+        name = git("describe", "--always", "--abbrev=10", "--exclude=*")
+    except OSError:
         return None
-    return done.stdout.strip()
+    if name.returncode != 0:
+        return None
+    same = git("diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)bench/results")
+    return name.stdout.strip() + ("-dirty" if same.returncode != 0 else "")
 
 
 class OtherLoad:

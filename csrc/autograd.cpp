@@ -74,7 +74,7 @@ bool everyday(const variable_list& cotangents) {
 at::Tensor lifted(const at::Tensor& t) { return t.defined() ? t.unsqueeze(0) : t; }
 at::Tensor lowered(const at::Tensor& t) { return t.defined() ? t.squeeze(0) : t; }
 
-struct Saved {
+struct SavedTensors {
   std::string mode;
   bool has_biases, bidirectional;
   variable_list tensors;  // x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params
@@ -87,16 +87,17 @@ struct Saved {
 };
 
 // The gradients of x, h0, c0, *params; undefined where not wanted.
-variable_list everyday_gradients(const Saved& s, const variable_list& cotangents,
+variable_list everyday_gradients(const SavedTensors& s, const variable_list& cotangents,
                                  const std::vector<bool>& wanted) {
   c10::List<bool> mask;
   for (const bool one : wanted) mask.push_back(one);
-  auto [dx, dh0, dc0, dparams] =
-      backward_op()(s.mode, optional(cotangents[0]), optional(cotangents[1]),
-                    optional(cotangents[2]), s.tensors[Saved::kX], s.given(Saved::kLengths),
-                    s.given(Saved::kBatchSizes), s.given(Saved::kReset), s.given(Saved::kH0),
-                    s.given(Saved::kC0), s.params(), s.tensors[Saved::kY], s.tensors[Saved::kGates],
-                    s.tensors[Saved::kCells], s.has_biases, s.bidirectional, mask);
+  auto [dx, dh0, dc0, dparams] = backward_op()(
+      s.mode, optional(cotangents[0]), optional(cotangents[1]), optional(cotangents[2]),
+      s.tensors[SavedTensors::kX], s.given(SavedTensors::kLengths),
+      s.given(SavedTensors::kBatchSizes), s.given(SavedTensors::kReset), s.given(SavedTensors::kH0),
+      s.given(SavedTensors::kC0), s.params(), s.tensors[SavedTensors::kY],
+      s.tensors[SavedTensors::kGates], s.tensors[SavedTensors::kCells], s.has_biases,
+      s.bidirectional, mask);
   variable_list gradients = {std::move(dx), std::move(dh0), std::move(dc0)};
   std::move(dparams.begin(), dparams.end(), std::back_inserter(gradients));
   for (size_t i = 0; i < wanted.size(); ++i) {
@@ -106,11 +107,11 @@ variable_list everyday_gradients(const Saved& s, const variable_list& cotangents
 }
 
 // The same, composed in Python, which knows no layer without its axis of steps.
-variable_list composed_gradients(Saved s, variable_list cotangents,
+variable_list composed_gradients(SavedTensors s, variable_list cotangents,
                                  const std::vector<bool>& wanted) {
   const bool one_step = s.one_step();
   if (one_step) {
-    for (const int i : {Saved::kX, Saved::kH0, Saved::kC0, Saved::kY}) {
+    for (const int i : {SavedTensors::kX, SavedTensors::kH0, SavedTensors::kC0, SavedTensors::kY}) {
       s.tensors[i] = lifted(s.tensors[i]);
     }
     for (at::Tensor& t : cotangents) t = lifted(t);
@@ -174,8 +175,9 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto defined = [](const at::Tensor& t) { return t.defined(); };
-    const Saved saved{ctx->saved_data["mode"].toStringRef(), ctx->saved_data["has_biases"].toBool(),
-                      ctx->saved_data["bidirectional"].toBool(), ctx->get_saved_variables()};
+    const SavedTensors saved{ctx->saved_data["mode"].toStringRef(),
+                             ctx->saved_data["has_biases"].toBool(),
+                             ctx->saved_data["bidirectional"].toBool(), ctx->get_saved_variables()};
     // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional,
     // no_cell_state.
     variable_list result(saved.params().size() + 8);
@@ -185,7 +187,8 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
     const auto ask = [&](const at::Tensor& t) {
       wanted.push_back(t.defined() && ctx->needs_input_grad(edge++));
     };
-    for (const int index : {Saved::kX, Saved::kH0, Saved::kC0}) ask(saved.tensors[index]);
+    for (const int index : {SavedTensors::kX, SavedTensors::kH0, SavedTensors::kC0})
+      ask(saved.tensors[index]);
     for (const at::Tensor& param : saved.params()) ask(param);
     variable_list of_outputs(saved.one_step() ? 1 : 0);  // y, h_n, c_n
     of_outputs.insert(of_outputs.end(), cotangents.begin(), cotangents.end());

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -275,6 +276,30 @@ def test_the_program(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "compare.md").read_text() in shown
     assert saved["header"]["threads"] == "1"
     assert "other processes" in saved["header"]["other load"]
+
+
+def test_the_commit_that_is_measured(tmp_path: Path) -> None:
+    """Files that differ from it are said, but for the results that a run itself writes."""
+    assert machine.commit(tmp_path) is None
+
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    code, table = tmp_path / "bench" / "code.py", tmp_path / "bench" / "results" / "compare.md"
+    table.parent.mkdir(parents=True)
+    for file in (code, table):
+        file.write_text("one")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    clean = machine.commit(code.parent)
+    assert clean is not None
+    assert re.fullmatch("[0-9a-f]{10}", clean)
+    table.write_text("another")
+    assert machine.commit(code.parent) == clean
+    code.write_text("another")
+    assert machine.commit(code.parent) == clean + "-dirty"
 
 
 def test_other_load_is_measured() -> None:

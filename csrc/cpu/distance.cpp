@@ -76,7 +76,7 @@ Distance team_distance(int threads) {
   };
   thread_local Known known;
   const Clock::time_point now = Clock::now();
-  if (!known.pace.is_quick(now)) return Distance::kUnknown;
+  if (!known.pace.note_call(now)) return Distance::kUnknown;
   if (now - known.measured > kValid) {
     known.distance = measure(threads) < kNearEnough ? Distance::kNear : Distance::kFar;
     known.measured = Clock::now();

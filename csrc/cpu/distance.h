@@ -16,7 +16,7 @@ class Pace {
   using Clock = std::chrono::steady_clock;
 
   // Notes a call; true from the kFew-th on that came in time.
-  bool is_quick(Clock::time_point now) {
+  bool note_call(Clock::time_point now) {
     in_time_ = now - last_ < std::chrono::milliseconds(5) ? in_time_ + 1 : 0;
     last_ = now;
     return in_time_ >= kFew;

@@ -165,10 +165,10 @@ struct Frozen {
 constexpr double kWorthWaking = 4 << 20;
 
 template <class W>
-class Layer final : public FrozenLayer {
+class PackedLayer final : public FrozenLayer {
  public:
-  Layer(Cell its_cell, const Sizes& its_sizes, std::shared_ptr<const Frozen<W>> frozen,
-        int64_t batch)
+  PackedLayer(Cell its_cell, const Sizes& its_sizes, std::shared_ptr<const Frozen<W>> frozen,
+              int64_t batch)
       : frozen_(std::move(frozen)), batch_(batch) {
     cell = its_cell;
     sizes = its_sizes;
@@ -208,7 +208,8 @@ class Layer final : public FrozenLayer {
     args_.by_panel = batch_ < kLeastAcross && goes_back_and_forth(args_.schedule, work);
     const auto plan = [&](int given) { return plan_team(work, given); };
     int wanted = plan(threads).threads();
-    if (wanted > 1 && multiplications(work) < kWorthWaking && !pace_.is_quick(Pace::Clock::now())) {
+    if (wanted > 1 && multiplications(work) < kWorthWaking &&
+        !pace_.note_call(Pace::Clock::now())) {
       threads = wanted = 1;
     }
     make_room(wanted);
@@ -240,7 +241,7 @@ class Layer final : public FrozenLayer {
   }
 
   std::unique_ptr<FrozenLayer> fork() const override {
-    return std::make_unique<Layer>(cell, sizes, frozen_, batch_);
+    return std::make_unique<PackedLayer>(cell, sizes, frozen_, batch_);
   }
 
  private:
@@ -291,7 +292,7 @@ template <class W>
 std::unique_ptr<FrozenLayer> frozen_layer(const StreamLayer& layer, WeightFormat format,
                                           int64_t batch) {
   auto frozen = std::make_shared<const Frozen<W>>(layer, format);
-  return std::make_unique<Layer<W>>(layer.cell, layer.sizes, std::move(frozen), batch);
+  return std::make_unique<PackedLayer<W>>(layer.cell, layer.sizes, std::move(frozen), batch);
 }
 
 }  // namespace

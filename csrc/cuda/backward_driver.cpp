@@ -329,7 +329,7 @@ class BackwardRun {
   const BackwardResult& out_;
   const Recurrence how_;
   const Walk walk_;
-  const Stream stream_;
+  const CudaStream stream_;
   const at::Tensor x_, h0_, c0_, y_, dy_, gates_, cells_;
   const int64_t width_;  // of a row of dgates
   const at::TensorOptions exact_;

@@ -25,7 +25,7 @@ namespace fusedrnn {
 // ---- what a device gives ------------------------------------------------------------------------
 
 // The stream that the calling thread's work goes to.
-Stream current_stream();
+CudaStream current_stream();
 
 // out = a b, for matrices of one dtype; out has that dtype, or it is float32 where that one is half
 // precision. Sums are float32 or wider, and rounded once.

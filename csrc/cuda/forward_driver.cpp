@@ -213,7 +213,7 @@ class ForwardRun {
   const ForwardResult& out_;
   const Recurrence how_;
   const Walk walk_;
-  const Stream stream_;
+  const CudaStream stream_;
   const at::Tensor x_, h0_, c0_;
   const int64_t gates_width_;
   const at::TensorOptions exact_;

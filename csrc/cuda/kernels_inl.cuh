@@ -10,22 +10,22 @@
 namespace fusedrnn {
 
 template <template <Cell, class> class Body, class E, class Params>
-void launch_cell(Cell cell, const Params& p, int64_t rows, Stream stream) {
+void launch_cell(Cell cell, const Params& p, int64_t rows, CudaStream stream) {
   with_cell(cell, [&]<Cell kCell>() { launch(Body<kCell, E>{p}, rows, p.hidden, stream); });
 }
 
 template <class E>
-void Kernels<E>::initial_state(const InitialState<E>& p, int64_t batch, Stream stream) {
+void Kernels<E>::initial_state(const InitialState<E>& p, int64_t batch, CudaStream stream) {
   launch(FUSEDRNN_ISA::InitialStateBody<E>{p}, batch, p.width, stream);
 }
 
 template <class E>
-void Kernels<E>::forward(Cell cell, const ForwardStep<E>& p, Stream stream) {
+void Kernels<E>::forward(Cell cell, const ForwardStep<E>& p, CudaStream stream) {
   launch_cell<FUSEDRNN_ISA::ForwardBody, E>(cell, p, p.step.now.count, stream);
 }
 
 template <class E>
-void Kernels<E>::project(const ProjectedStep<E>& p, Stream stream) {
+void Kernels<E>::project(const ProjectedStep<E>& p, CudaStream stream) {
   launch(FUSEDRNN_ISA::ProjectedBody<E>{p}, p.step.now.count, p.output, stream);
 }
 
@@ -37,22 +37,22 @@ int64_t rows_of(const Step& step, const CarriedGradient<E>& carry) {
 }
 
 template <class E>
-void Kernels<E>::backward(Cell cell, const BackwardStep<E>& p, Stream stream) {
+void Kernels<E>::backward(Cell cell, const BackwardStep<E>& p, CudaStream stream) {
   launch_cell<FUSEDRNN_ISA::BackwardBody, E>(cell, p, rows_of(p.step, p.carry), stream);
 }
 
 template <class E>
-void Kernels<E>::project_backward(const ProjectedBackwardStep<E>& p, Stream stream) {
+void Kernels<E>::project_backward(const ProjectedBackwardStep<E>& p, CudaStream stream) {
   launch(FUSEDRNN_ISA::ProjectedBackwardBody<E>{p}, rows_of(p.step, p.carry), p.output, stream);
 }
 
 template <class E>
-void Kernels<E>::initial_gradient(const InitialGradient<E>& p, int64_t batch, Stream stream) {
+void Kernels<E>::initial_gradient(const InitialGradient<E>& p, int64_t batch, CudaStream stream) {
   launch(FUSEDRNN_ISA::InitialGradientBody<E>{p}, batch, p.width, stream);
 }
 
 template <class E>
-void Kernels<E>::valid_rows(const ValidRows<E>& p, int64_t rows, Stream stream) {
+void Kernels<E>::valid_rows(const ValidRows<E>& p, int64_t rows, CudaStream stream) {
   launch(FUSEDRNN_ISA::ValidRowsBody<E>{p}, rows, p.width, stream);
 }
 

@@ -59,7 +59,7 @@ __global__ void over_rows(Body body, int64_t rows, int64_t units) {
 
 // A thread for each row and unit; no two of them meet.
 template <class Body>
-void launch(const Body& body, int64_t rows, int64_t units, Stream stream) {
+void launch(const Body& body, int64_t rows, int64_t units, CudaStream stream) {
   if (rows == 0 || units == 0) return;
   const Grid grid = grid_of(rows, units);
   over_rows<<<dim3(grid.blocks_x, grid.blocks_y), dim3(grid.threads_x, grid.threads_y), 0,
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(Body::kThreads, 1) in_blocks(const __grid_cons
 
 // So many blocks, whose threads work together.
 template <class Body>
-void launch_blocks(const Body& body, int64_t blocks, Stream stream) {
+void launch_blocks(const Body& body, int64_t blocks, CudaStream stream) {
   if (blocks == 0) return;
   if constexpr (Body::kSharedBytes > (48 << 10)) {
     check_launch(cudaFuncSetAttribute(in_blocks<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -111,7 +111,7 @@ int64_t resident_blocks() {
 // So many blocks, which wait for each other: all of them are resident, or the launch fails.
 // resident_blocks() comes first.
 template <class Body>
-void launch_together(const Body& body, int64_t blocks, Stream stream) {
+void launch_together(const Body& body, int64_t blocks, CudaStream stream) {
   if (blocks == 0) return;
   void* arguments[] = {const_cast<Body*>(&body)};
   check_launch(cudaLaunchCooperativeKernel(
@@ -123,7 +123,7 @@ void launch_together(const Body& body, int64_t blocks, Stream stream) {
 
 // Runs every thread of every block in turn, which is right as they do not wait for each other.
 template <class Body>
-void launch(const Body& body, int64_t rows, int64_t units, Stream) {
+void launch(const Body& body, int64_t rows, int64_t units, CudaStream) {
   if (rows == 0 || units == 0) return;
   const Grid grid = grid_of(rows, units);
   for (unsigned by = 0; by < grid.blocks_y; ++by) {
@@ -140,7 +140,7 @@ void launch(const Body& body, int64_t rows, int64_t units, Stream) {
 }
 
 template <class Body>
-void launch_blocks(const Body& body, int64_t blocks, Stream) {
+void launch_blocks(const Body& body, int64_t blocks, CudaStream) {
   for (int64_t index = 0; index < blocks; ++index) {
     EmulatedBlock block(index, Body::kThreads, Body::kSharedBytes);
     block.run([&](int thread) { body(Block(block, thread)); });
@@ -153,7 +153,7 @@ int64_t resident_blocks() {
 }
 
 template <class Body>
-void launch_together(const Body& body, int64_t blocks, Stream) {
+void launch_together(const Body& body, int64_t blocks, CudaStream) {
   EmulatedBlock::run_together(
       blocks, Body::kThreads, Body::kSharedBytes,
       [&](EmulatedBlock& block, int thread) { body(Block(block, thread)); });

@@ -10,7 +10,7 @@
 namespace fusedrnn {
 
 template <class Body, class Part>
-void launch_one_cta(const SideBySide<Part>& sides, Stream stream) {
+void launch_one_cta(const SideBySide<Part>& sides, CudaStream stream) {
   int64_t rows = 0;
   for (int i = 0; i < sides.count; ++i) {
     const PartOfWalk& part = sides.part[i].part;
@@ -21,7 +21,7 @@ void launch_one_cta(const SideBySide<Part>& sides, Stream stream) {
 }
 
 template <template <Cell, class, int> class Body, class E, class Part>
-void launch_one_cta(Cell cell, const SideBySide<Part>& sides, Stream stream) {
+void launch_one_cta(Cell cell, const SideBySide<Part>& sides, CudaStream stream) {
   with_cell(cell, [&]<Cell kCell>() {
     if (one_cta_units(sides.part[0].hidden) == 64) {
       launch_one_cta<Body<kCell, E, 64>>(sides, stream);
@@ -32,13 +32,14 @@ void launch_one_cta(Cell cell, const SideBySide<Part>& sides, Stream stream) {
 }
 
 template <class E>
-void OneCtaKernels<E>::forward(Cell cell, const SideBySide<PartForward<E>>& sides, Stream stream) {
+void OneCtaKernels<E>::forward(Cell cell, const SideBySide<PartForward<E>>& sides,
+                               CudaStream stream) {
   launch_one_cta<FUSEDRNN_ISA::OneCtaForwardBody, E>(cell, sides, stream);
 }
 
 template <class E>
 void OneCtaKernels<E>::backward(Cell cell, const SideBySide<PartBackward<E>>& sides,
-                                Stream stream) {
+                                CudaStream stream) {
   launch_one_cta<FUSEDRNN_ISA::OneCtaBackwardBody, E>(cell, sides, stream);
 }
 

@@ -15,7 +15,7 @@
 
 namespace fusedrnn {
 
-Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+CudaStream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 // Rows enough to keep a large GPU's products busy: 4096 of the gates of an LSTM of 1024 units.
 int64_t part_bytes() { return int64_t{64} << 20; }

@@ -52,7 +52,7 @@ int64_t resident_persistent(Cell cell, const PersistentForm& form) {
 
 template <template <Cell, class, Precision, int, int, int> class Body, class E, class Part>
 void launch_persistent(Cell cell, const SideBySide<Part>& sides, const Exchange& exchange,
-                       Stream stream) {
+                       CudaStream stream) {
   const PersistentForm& form = exchange.form;
   const int64_t across = persistent_units(sides.part[0].hidden) / form.units;
   const int64_t down = (exchange.rows + form.rows - 1) / form.rows;
@@ -68,7 +68,7 @@ int64_t PersistentForward<E>::resident(Cell cell, const PersistentForm& form) {
 }
 template <class E>
 void PersistentForward<E>::run(Cell cell, const SideBySide<PartForward<E>>& sides,
-                               const Exchange& exchange, Stream stream) {
+                               const Exchange& exchange, CudaStream stream) {
   launch_persistent<FUSEDRNN_ISA::PersistentForwardBody, E>(cell, sides, exchange, stream);
 }
 
@@ -78,7 +78,7 @@ int64_t PersistentBackward<E>::resident(Cell cell, const PersistentForm& form) {
 }
 template <class E>
 void PersistentBackward<E>::run(Cell cell, const SideBySide<PartBackward<E>>& sides,
-                                const Exchange& exchange, Stream stream) {
+                                const Exchange& exchange, CudaStream stream) {
   launch_persistent<FUSEDRNN_ISA::PersistentBackwardBody, E>(cell, sides, exchange, stream);
 }
 

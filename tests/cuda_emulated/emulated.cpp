@@ -31,7 +31,7 @@ template struct fusedrnn::PersistentBackward<fusedrnn::Half>;
 
 namespace fusedrnn {
 
-Stream current_stream() { return nullptr; }
+CudaStream current_stream() { return nullptr; }
 
 namespace {
 
