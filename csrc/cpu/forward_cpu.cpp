@@ -46,11 +46,11 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
       state_rows(work, at::get_num_threads(), std::min(hidden, output) * sizeof(S));
   Schedule schedule = storage.view;
   if (!apart.empty()) schedule.state_row = apart.data();
+  constexpr bool narrow = !std::is_same_v<S, E>;
   // The cell state needs no room of its own.
-  const bool walks_in_c_n = lies_as_read(sizes.hidden, schedule);
+  const bool walks_in_c_n = !narrow && lies_as_read(sizes.hidden, schedule);
   const int64_t states = state_row(schedule, layer.batch);
 
-  constexpr bool narrow = !std::is_same_v<S, E>;
   const Values<E> x(in.x);
   const Values<S> h0(in.h0), c0(in.c0);
   WeightValues<S, E> weights[2];
@@ -66,6 +66,9 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   }
 
   Scratch scratch;
+  S* last = nullptr;  // (D, B, P): h_n before it is rounded
+  const int64_t h_size = layer.batch * sizes.output;
+  if constexpr (narrow) scratch.want(&last, layer.directions * h_size);
   S* zeros = nullptr;
   const int64_t zero_count = layer.sizes.zero_count();
   scratch.want(&zeros, zero_count);
@@ -82,7 +85,6 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
       dir.y = data_of<E>(y) + d * sizes.output;
     }
     dir.y_stride = layer.directions * sizes.output;
-    dir.h_n = h_n.mutable_data_ptr<S>() + d * layer.batch * sizes.output;
     dir.reset = storage.reset_of(d);
     dir.gates_stride = save && direct ? layer.directions * saved : stride;
     dir.saved_stride = layer.directions * saved;
@@ -134,11 +136,17 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   scratch.allocate();
   std::fill(zeros, zeros + zero_count, S(0));
   args.zeros = zeros;
+  if constexpr (!narrow) last = h_n.mutable_data_ptr<S>();
+  for (int d = 0; d < layer.directions; ++d) args.direction[d].h_n = last + d * h_size;
+  if (storage.has_empty_rows) {
+    const S* given = h0.data();
+    for (int64_t i = 0; i < layer.directions * h_size; ++i) last[i] = given ? given[i] : S(0);
+  }
   const bool all_start_at_once =
       schedule.steps > 0 && schedule.rows[schedule.steps - 1] == schedule.rows[0];
   for (int d = 0; d < layer.directions; ++d) {
     ForwardDirection<S, Word<E>>& dir = args.direction[d];
-    const int64_t h_size = layer.batch * sizes.output, c_size = layer.batch * sizes.hidden;
+    const int64_t c_size = layer.batch * sizes.hidden;
     for (S* h : dir.h) {
       fill_state(h, h0.data() ? h0.data() + d * h_size : nullptr, sizes.output, schedule,
                  args.joined);
@@ -181,13 +189,21 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     }
   }
 
+  const auto keep = [](const S* from, int64_t n, E* to) {
+    if constexpr (narrow) {
+      current_isa().bf16.round(from, to, n);
+    } else {
+      std::copy(from, from + n, to);
+    }
+  };
+  if (narrow && h_n.defined()) keep(last, layer.directions * h_size, data_of<E>(h_n));
   if (has_cell_state(layer.cell) && !walks_in_c_n) {
-    S* to = c_n.mutable_data_ptr<S>();
+    E* to = data_of<E>(c_n);
     for (int d = 0; d < layer.directions; ++d) {
       for (int64_t b = 0; b < layer.batch; ++b) {
-        const S* from = args.direction[d].c + state_row(schedule, b) * hidden;
-        const int64_t row = caller_row(schedule, b);
-        std::copy(from, from + sizes.hidden, to + (d * layer.batch + row) * sizes.hidden);
+        const int64_t row = d * layer.batch + caller_row(schedule, b);
+        keep(args.direction[d].c + state_row(schedule, b) * hidden, sizes.hidden,
+             to + row * sizes.hidden);
       }
     }
   }
@@ -207,24 +223,18 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   // Narrow layers read and write bfloat16 as it is; half precision is else widened on the way in
   // and rounded on the way out.
   const bool narrow = is_narrow(layer);
-  at::Tensor h_n = plain_empty(layer.state_shape(sizes.output), exact);
+  const auto kept = narrow ? x.options() : exact;
   // Of a single step, the output and the final state are one.
-  at::Tensor y =
-      layer.one_step && !narrow ? h_n : empty_tensor(layer.y_shape(), narrow ? x.options() : exact);
+  at::Tensor h_n =
+      layer.one_step && narrow ? at::Tensor() : plain_empty(layer.state_shape(sizes.output), kept);
+  at::Tensor y = layer.one_step && !narrow ? h_n : empty_tensor(layer.y_shape(), kept);
   if (storage.padded) zero_padding(y, layer, storage.view);
-  if (storage.has_empty_rows) {
-    if (h0) {
-      h_n.copy_(*h0);
-    } else {
-      h_n.zero_();
-    }
-  }
   const bool save_gates = save && saved_blocks(layer.cell) > 1, save_cells = save && lstm;
   const auto empty_where = [](bool wanted, at::IntArrayRef shape,
                               const at::TensorOptions& options) {
     return wanted ? empty_tensor(shape, options) : plain_empty({0}, options);
   };
-  const at::Tensor c_n = empty_where(lstm, layer.state_shape(sizes.hidden), exact);
+  const at::Tensor c_n = empty_where(lstm, layer.state_shape(sizes.hidden), kept);
   const at::Tensor gates =
       empty_where(save_gates, {layer.rows, directions, layer.saved_width()}, x.options());
   const at::Tensor cells =
