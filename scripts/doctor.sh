@@ -64,6 +64,11 @@ else
                 lacks "$python has torch $torch; 2.11 or newer is needed"
                 pypi="$pypi 'torch>=2.11'"
             fi
+            setuptools=$(ask 'import importlib.metadata as m; print(m.version("setuptools"))')
+            if [ -n "$setuptools" ] && [ "$(ask "print(int('$setuptools'.split('.')[0]) >= 77)")" != True ]; then
+                lacks "$python has setuptools $setuptools; 77 or newer is needed"
+                pypi="$pypi 'setuptools>=77'"
+            fi
         fi
     fi
 fi

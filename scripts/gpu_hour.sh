@@ -5,39 +5,51 @@
 #   scripts/gpu_hour.sh OUT STEP...     some of: build probe cudnn tests sanitizer compare
 #
 # The build of the extension runs beside the probe and the table of torch.nn; what needs it waits.
-# Each step has a time limit (LIMIT_PROBE=30, in seconds, changes one), a log under OUT and a line
-# in the summary, which comes last; no step's failure stops another. The interpreter is $PYTHON; it
-# needs torch with CUDA, pytest and what a build needs, and nothing is installed.
+# Each step has a time limit (LIMIT_PROBE=30, in seconds, changes one), and all together have TOTAL
+# (3600). Each has a log in OUT/logs.tar.gz and a line in OUT/summary.txt; tables lie beside them.
+# No step's failure stops another. The interpreter is $PYTHON; it needs torch with CUDA, pytest and
+# what a build needs, and nothing is installed.
 # Exit code: 0 where all steps that ran did so with 0.
 set -u
 cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$1
 shift
-wanted=" ${*:-build probe cudnn tests sanitizer compare} "
+wanted=" ${*:-build probe cudnn tests compare sanitizer} "
 python=${PYTHON:-python3}
-mkdir -p "$out" build/cuda || exit 2
+logs=build/gpu_hour
+rm -rf "$logs"
+mkdir -p "$out" "$logs" build/cuda || exit 2
 out=$(cd "$out" && pwd)
 summary=$out/summary.txt
 : >"$summary"
+# torch looks for ninja on PATH, where pip's lies beside the interpreter.
+found=$(command -v "$python") && PATH="$(dirname "$found"):$PATH"
 
 wants() { [[ $wanted == *" $1 "* ]]; }
 
-limit() {  # step, seconds unless LIMIT_STEP says otherwise
-    local name=LIMIT_${1^^}
-    echo "${!name:-$2}"
+limit() {  # step, seconds unless LIMIT_STEP says otherwise or fewer are left
+    local name=LIMIT_${1^^} left=$((${TOTAL:-3600} - SECONDS))
+    local seconds=${!name:-$2}
+    echo $((seconds < left ? seconds : left))
 }
 
 note() { printf '%-16s %-24s %6s s  %s\n' "$@" >>"$summary"; }
 
-# step NAME SECONDS COMMAND...: runs it, output to OUT/NAME.log. 124 or 137: it took too long.
+# step NAME SECONDS COMMAND...: runs it, output to its log. 124 or 137: it took too long.
 step() {
     local name=$1 seconds=$2 start=$SECONDS code=0
     shift 2
+    if [ "$seconds" -le 0 ]; then
+        skip "$name" "no time is left"
+        return 0
+    fi
     echo "== $name (at most $seconds s): $*"
-    timeout -k 10 "$seconds" "$@" >"$out/$name.log" 2>&1 </dev/null || code=$?
-    tail -n "${TAIL:-3}" "$out/$name.log"
+    timeout -k 10 "$seconds" "$@" >"$logs/$name.log" 2>&1 </dev/null || code=$?
+    tail -n "${TAIL:-3}" "$logs/$name.log"
     note "$name" "exit code $code" $((SECONDS - start)) "$name.log"
+    # Now, as whatever lent the machine may take it back at any time.
+    tar -C "$logs" -czf "$logs.$BASHPID" . && mv "$logs.$BASHPID" "$out/logs.tar.gz"
     return "$code"
 }
 
@@ -60,7 +72,9 @@ cores=$(nproc)
 export MAX_JOBS=${MAX_JOBS:-$((cores > 3 ? cores - 2 : 1))}
 build=
 if wants build; then
-    (step build "$(limit build 480)" "$python" setup.py build_ext --inplace) >"$out/build.step" &
+    # What the doctor misses is in the log, should the build fail.
+    (step build "$(limit build 480)" sh -c 'sh scripts/doctor.sh --given "$0"
+        exec "$0" setup.py build_ext --inplace' "$python") >"$logs/build.step" &
     build=$!
 fi
 
@@ -75,7 +89,7 @@ if wants probe; then
     fi
     if [ -x build/cuda/probe ]; then
         step probe "$(limit probe 75)" build/cuda/probe
-        "$python" -m bench.cuda.probe_table "$out/probe.log" >"$out/probe.md"
+        "$python" -m bench.cuda.probe_table "$logs/probe.log" >"$out/probe.md"
     else
         skip probe "there is no build/cuda/probe"
     fi
@@ -92,8 +106,8 @@ fi
 built=0
 if [ -n "$build" ]; then
     wait "$build" || built=$?
-    cat "$out/build.step"
-    rm -f "$out/build.step"
+    cat "$logs/build.step"
+    rm -f "$logs/build.step"
 fi
 if [ "$built" -ne 0 ]; then
     for name in tests sanitizer compare; do
@@ -103,6 +117,11 @@ else
     if wants tests; then
         TAIL=15 step tests "$(limit tests 240)" "$python" -m pytest --maxfail=10 -q -m cuda \
             tests/test_cuda.py
+    fi
+    if wants compare; then
+        seconds=$(limit compare 300)
+        step compare "$seconds" "$python" -m bench.cuda.compare --out "$out" \
+            --total $((seconds > 40 ? seconds - 30 : seconds))
     fi
     if wants sanitizer; then
         if command -v compute-sanitizer >/dev/null; then
@@ -120,14 +139,9 @@ else
             skip sanitizer "compute-sanitizer is not on PATH"
         fi
     fi
-    if wants compare; then
-        seconds=$(limit compare 300)
-        step compare "$seconds" "$python" -m bench.cuda.compare --out "$out" \
-            --total $((seconds > 40 ? seconds - 30 : seconds))
-    fi
 fi
 
 echo
-echo "== summary, logs under $out"
+echo "== summary, logs in $out/logs.tar.gz"
 cat "$summary"
 ! grep -qv -e ' exit code 0 ' -e ' skipped ' "$summary"

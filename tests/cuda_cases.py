@@ -253,6 +253,24 @@ def check(ops: Any, call: Call, device: str = "cpu") -> None:
     oracle.agree(ours, torch_nn(call, device), truth, what=device)
 
 
+def check_tf32(ops: Any, mode: str, device: str = "cpu") -> None:
+    """With the recurrence's TF32 on, results are off by what rounding to 11 bits costs."""
+    call = Call(mode, torch.float32, hidden_size=300, steps=3)
+    found = {}
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cudnn.rnn.fp32_precision = precision
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            found[precision] = answer(ops, call, device)
+    finally:
+        torch.backends.cudnn.rnn.fp32_precision = "tf32"  # as torch starts
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    for name in ("y", "dx", "dweight_hh_l0"):
+        exact = found["ieee"][name]
+        error = (found["tf32"][name] - exact).abs().max() / exact.abs().max()
+        assert 2**-17 < error < 2**-9, name
+
+
 # ---- one step, without its axes -----------------------------------------------------------------
 
 

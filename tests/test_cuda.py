@@ -43,6 +43,13 @@ def test_against_cudnn(strategy: str, mode: str, form: str, dtype: torch.dtype) 
     cuda_cases.check(torch.ops.fusedrnn, call, "cuda")
 
 
+@pytest.mark.parametrize("strategy", ["persistent"], indirect=True)
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+def test_tf32(strategy: str, mode: str) -> None:
+    """As torch starts: the other tests turn it off."""
+    cuda_cases.check_tf32(torch.ops.fusedrnn, mode, "cuda")
+
+
 # Sums over many values, and more rows than a block has.
 SIZES = {
     "one_cta": [(1, 128), (33, 65), (500, 64)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,18 @@ def test_the_small_run_compares(monkeypatch, capsys) -> None:
     assert "results are wrong" in capsys.readouterr().out
 
 
+def test_the_small_run_is_exact(monkeypatch) -> None:
+    """torch starts with TF32 for recurrent layers, which is off by more than the tolerance."""
+    seen = []
+    monkeypatch.setattr(
+        small_run, "run", lambda _: seen.append(torch.backends.cudnn.rnn.fp32_precision) or 0
+    )
+    before = torch.backends.cudnn.rnn.fp32_precision
+    assert small_run.main("cpu") == 0
+    assert seen == ["ieee"]
+    assert torch.backends.cudnn.rnn.fp32_precision == before != "ieee"
+
+
 def test_the_small_run_says_what_fusedrnn_raises(monkeypatch, capsys) -> None:
     honest = small_run.results
 
@@ -147,12 +160,9 @@ def house(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def gpu_hour(house: Path, *steps: str) -> tuple[int, dict[str, str]]:
-    environment = os.environ | {
-        "PATH": f"{house / 'bin'}:{os.environ['PATH']}",
-        "PYTHON": "python",
-        "LIMIT_CUDNN": "1",
-    }
+def gpu_hour(house: Path, *steps: str, **variables: str) -> tuple[int, dict[str, str]]:
+    environment = os.environ | {"PYTHON": str(house / "bin" / "python"), "LIMIT_CUDNN": "1"}
+    environment |= variables
     run = subprocess.run(
         ["bash", house / "scripts" / "gpu_hour.sh", house / "out", *steps],
         capture_output=True,
@@ -176,7 +186,9 @@ def test_no_step_stops_another(house: Path) -> None:
     assert f"1 -m bench.cuda.compare --out {house}/out --total 270" in asked
     assert "1 setup.py build_ext --inplace" in asked
     assert "1 -m pytest --maxfail=10 -q -m cuda tests/test_cuda.py" in asked
-    assert (house / "out" / "probe.log").read_text() == "{}\n"
+    with tarfile.open(house / "out" / "logs.tar.gz") as logs:
+        assert logs.extractfile("./probe.log").read() == b"{}\n"
+        assert {f"./{name}.log" for name in summary} < set(logs.getnames())
 
 
 def test_without_a_build_nothing_that_needs_it_runs(house: Path) -> None:
@@ -192,3 +204,12 @@ def test_without_a_build_nothing_that_needs_it_runs(house: Path) -> None:
 def test_all_went_well(house: Path) -> None:
     code, summary = gpu_hour(house, "build", "tests")
     assert (code, len(summary)) == (0, 3)
+
+
+def test_when_no_time_is_left(house: Path) -> None:
+    code, summary = gpu_hour(
+        house, "build", "cudnn", "tests", "compare", TOTAL="2", LIMIT_CUDNN="9"
+    )
+    assert code == 1
+    assert summary["cudnn"].startswith("exit code 124 2 s ")
+    assert summary["tests"] == summary["compare"] == "skipped 0 s no time is left"

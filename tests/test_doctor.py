@@ -156,3 +156,13 @@ def test_given_torch_too_old(machine: Path) -> None:
     done = doctor(machine, "--given")
     assert done.returncode == 1
     assert "torch 2.10.1+cpu; 2.11 or newer is needed" in done.stderr
+
+
+def test_given_setuptools_too_old(machine: Path) -> None:
+    """Older ones cannot read how pyproject.toml says the license."""
+    give_all(machine)
+    give_python(machine, lacking='print(m.version("setuptools"))', answer="echo 75.8.0; exit 0")
+    done = doctor(machine, "--given")
+    assert done.returncode == 1
+    assert "setuptools 75.8.0; 77 or newer is needed" in done.stderr
+    assert "-m pip install 'setuptools>=77'" in done.stderr

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fusedrnn
 import oracle
 
 T, B, INPUT = 4, 3, 5
@@ -49,3 +50,34 @@ def test_as_far_as_in_torch(
             equal_nan=True,
             msg=lambda message, name=name: f"{name}: {message}",
         )
+
+
+@pytest.mark.parametrize("proj_size", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinite_gradient_through_a_projection(
+    isa: str, dtype: torch.dtype, proj_size: int
+) -> None:
+    """Values that are kept two to a word have a neighbour, which stays zero."""
+    module = fusedrnn.LSTM(3, 4, proj_size=proj_size, dtype=dtype)
+    with torch.no_grad():
+        for param in module.parameters():
+            param.abs_().add_(0.05)
+    x = torch.rand(3, 1, 3).to(dtype).requires_grad_()
+    h0, c0 = torch.rand(1, 1, proj_size).to(dtype), torch.rand(1, 1, 4).to(dtype)
+    y, _ = module(x, (h0, c0))
+    dy = torch.zeros_like(y)
+    dy[2] = torch.inf
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert dx.isposinf().all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN"])
+def test_a_nan_gradient_at_a_reset(isa: str, mode: str, dtype: torch.dtype, batch: int) -> None:
+    """It meets a state of zeros, and is seen: one row of a single step has a way of its own."""
+    module = getattr(fusedrnn, mode)(3, 4, dtype=dtype)
+    x = torch.randn(1, batch, 3).to(dtype)
+    y, _ = module(x, reset=torch.ones(1, batch, dtype=torch.bool))
+    for param in torch.autograd.grad(y, module.all_weights[0], torch.full_like(y, torch.nan)):
+        assert param.isnan().all()

@@ -250,7 +250,8 @@ class ChunkGradients {
   void weight_gradients_of_one() const {
     const int64_t units = sizes_.hidden;
     const E* x = x_at(0);
-    const E* h = previous_state(d_.chunk.begin, 0);
+    const E* state = previous_state(d_.chunk.begin, 0);
+    const E* h = state != nullptr ? state : reinterpret_cast<const E*>(args_.zeros);
     const Range mine = own(blocks_.count * units);
     for (int block = 0; block < blocks_.count; ++block) {
       const Range some = {std::max(mine.begin - block * units, int64_t{0}),
@@ -270,7 +271,7 @@ class ChunkGradients {
     }
   }
 
-  // Rows `rows` of n values of `to` = v times each one's factor. v null: zeros.
+  // Rows `rows` of n values of `to` = v times each one's factor.
   template <class T>
   static void put_multiples(T* to, Range rows, const E* v, int64_t n, const E* factors) {
     constexpr int lanes = kLanes<S>;
@@ -283,10 +284,6 @@ class ChunkGradients {
     };
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       T* at = to + row * n;
-      if (v == nullptr) {
-        std::fill(at, at + n, T(0));
-        continue;
-      }
       const Vec<S> factor = broadcast(value_of(factors[row]));
       int64_t i = 0;
       for (; i + lanes <= n; i += lanes) put(at + i, read(v + i) * factor, lanes);

@@ -121,7 +121,10 @@ class StateGradients {
                [&](int64_t b, int64_t unit, Vec<S> dh) __attribute__((always_inline)) {
                  dh += read(dy_of(schedule_.row0[t] + b) + unit, sizes_.output - unit);
                  if (starting) dh += final_gradient(b, unit);
-                 write(d_.dh + (row0 + b) * output_ + unit, dh);
+                 // Padding is read too where words hold two values; of an infinite gradient it
+                 // would be NaN.
+                 write(d_.dh + (row0 + b) * output_ + unit,
+                       with_first_lanes<S>(dh, sizes_.output - unit));
                });
         });
   }
