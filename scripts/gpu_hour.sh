@@ -2,7 +2,7 @@
 # Everything that a first visit to a machine with a GPU should bring back, in one command.
 #
 #   scripts/gpu_hour.sh OUT             all steps
-#   scripts/gpu_hour.sh OUT STEP...     some of: build probe cudnn tests sanitizer compare
+#   scripts/gpu_hour.sh OUT STEP...     some of: build probe cudnn tests compare sanitizer
 #
 # The build of the extension runs beside the probe and the table of torch.nn; what needs it waits.
 # Each step has a time limit (LIMIT_PROBE=30, in seconds, changes one), and all together have TOTAL
@@ -12,7 +12,7 @@
 # Exit code: 0 where all steps that ran did so with 0.
 set -u
 cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$1
 shift
 wanted=" ${*:-build probe cudnn tests compare sanitizer} "
