@@ -38,6 +38,8 @@ struct Isa {
   KernelTable<float> f32;
   KernelTable<double> f64;
   NarrowTable bf16, int8;
+  // Products of bfloat16 take no longer than those of float32.
+  bool quick_bf16 = false;
 
   // Of arithmetic in S on values kept as E.
   template <class S, class E = S>

@@ -37,6 +37,7 @@ static Isa with_matrix_unit(Isa isa) noexcept {
   isa.name = "avx512_amx";
   isa.usable = usable;
   isa.bf16 = avx512_amx::narrow_table<avx512_amx::Bf16>();
+  isa.quick_bf16 = true;
   return isa;
 }
 

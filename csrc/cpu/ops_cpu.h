@@ -21,10 +21,13 @@
 
 namespace fusedrnn {
 
-// Whether products read bfloat16 as it is, the state rounded to it at every step, as torch.nn does.
-// Not before a ReLU: a sum near zero, rounded to the other side, changes a gradient altogether.
+// Whether products read bfloat16 as it is, the state rounded to it at every step, as torch.nn does;
+// else a layer is one of float32 but for what it reads and writes. Not before a ReLU: a sum near
+// zero, rounded to the other side, changes a gradient altogether.
 inline bool is_narrow(const Layer& layer) {
-  return layer.dtype == at::kBFloat16 && layer.cell != Cell::kRnnRelu;
+  return layer.dtype == at::kBFloat16 && layer.cell != Cell::kRnnRelu &&
+         (current_isa().quick_bf16 ||
+          !worth_widening(layer.cell, layer.sizes, layer.batch, layer.rows));
 }
 
 // Calls f<S, E>() for the arithmetic of the layer and what its values are kept in (recurrence.h).
@@ -221,7 +224,7 @@ inline Workload workload_of(const Layer& layer, const Schedule& schedule, int pr
                    schedule.batch,
                    schedule.steps == 0 ? 0 : schedule.row0[schedule.steps],
                    layer.accumulate == at::kDouble ? 8 : 4,
-                   layer.dtype == at::kBFloat16      ? 2
+                   is_narrow(layer)                  ? 2
                    : layer.accumulate == at::kDouble ? 8
                                                      : 4,
                    products};

@@ -51,13 +51,15 @@ constexpr int64_t kLongRows = 128;
 // A single step of many rows packs those instead (across_inl.h); only for more than so many the
 // weights come cheaper.
 constexpr int64_t kWorthPackingOneStep = 512;
+// From so many (step, row) pairs on, weights may be worth widening.
+constexpr int64_t kWorthWidening = 32;
 // Up to so many rows of a single step, backward reads the weights as they lie.
 constexpr int64_t kFewRows = 16;
 
-double weights_of(const Workload& work) {
-  const Sizes& s = work.sizes;
-  return static_cast<double>(gate_blocks(work.cell)) * s.hidden * (s.input + s.output);
+double weights_of(Cell cell, const Sizes& s) {
+  return static_cast<double>(gate_blocks(cell)) * s.hidden * (s.input + s.output);
 }
+double weights_of(const Workload& work) { return weights_of(work.cell, work.sizes); }
 
 // No more rows in all than take part in one step: ragged ones may still have several steps.
 bool is_one_step(const Workload& work) { return work.pairs <= work.batch; }
@@ -77,6 +79,14 @@ bool worth_packing(const Workload& work) {
 bool worth_packing_backward(const Schedule& schedule, const Workload& work) {
   // Of a single step, W_hh meets the gradient of the initial state alone.
   return schedule.steps > 1 || work.pairs > kFewRows;
+}
+
+bool worth_widening(Cell cell, const Sizes& sizes, int64_t batch, int64_t pairs) {
+  // What takes longest with one row a step is the weights' way from a cache, which is half as long
+  // for bfloat16.
+  const bool waits_for_weights =
+      batch == 1 && weights_of(cell, sizes) * sizeof(float) > private_cache() / 4;
+  return pairs >= kWorthWidening && !waits_for_weights;
 }
 
 bool goes_back_and_forth(const Schedule& schedule, const Workload& work) {

@@ -36,6 +36,10 @@ bool worth_packing(const Workload& work);
 // have.
 bool worth_packing_backward(const Schedule& schedule, const Workload& work);
 
+// Whether a bfloat16 layer of so many rows a step, and (step, row) pairs in all, is quicker with
+// its weights widened to float32, where products of bfloat16 take longer than float32's.
+bool worth_widening(Cell cell, const Sizes& sizes, int64_t batch, int64_t pairs);
+
 // Whether this is a single step, by the schedule and not by its rows alone, whose weights are more
 // than a private cache holds: read from either end in turn with the step before, as much of them as
 // it held then needs not come from further away.
