@@ -187,8 +187,9 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
     const auto ask = [&](const at::Tensor& t) {
       wanted.push_back(t.defined() && ctx->needs_input_grad(edge++));
     };
-    for (const int index : {SavedTensors::kX, SavedTensors::kH0, SavedTensors::kC0})
+    for (const int index : {SavedTensors::kX, SavedTensors::kH0, SavedTensors::kC0}) {
       ask(saved.tensors[index]);
+    }
     for (const at::Tensor& param : saved.params()) ask(param);
     variable_list of_outputs(saved.one_step() ? 1 : 0);  // y, h_n, c_n
     of_outputs.insert(of_outputs.end(), cotangents.begin(), cotangents.end());

@@ -7,6 +7,7 @@ and by ``fusedrnn.reference`` in float64; oracle.py's rule compares the three.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -253,21 +254,17 @@ def check(ops: Any, call: Call, device: str = "cpu") -> None:
     oracle.agree(ours, torch_nn(call, device), truth, what=device)
 
 
-def check_tf32(ops: Any, mode: str, device: str = "cpu") -> None:
+def check_tf32(
+    ops: Any, mode: str, switches: Callable[[str, str], None], device: str = "cpu"
+) -> None:
     """With the recurrence's TF32 on, results are off by what rounding to 11 bits costs."""
     call = Call(mode, torch.float32, hidden_size=300, steps=3)
-    found = {}
-    try:
-        for precision in ("ieee", "tf32"):
-            torch.backends.cudnn.rnn.fp32_precision = precision
-            torch.backends.cuda.matmul.fp32_precision = "ieee"
-            found[precision] = answer(ops, call, device)
-    finally:
-        torch.backends.cudnn.rnn.fp32_precision = "tf32"  # as torch starts
-        torch.backends.cuda.matmul.fp32_precision = "none"
+    switches("ieee", "ieee")
+    exact = answer(ops, call, device)
+    switches("tf32", "ieee")
+    rounded = answer(ops, call, device)
     for name in ("y", "dx", "dweight_hh_l0"):
-        exact = found["ieee"][name]
-        error = (found["tf32"][name] - exact).abs().max() / exact.abs().max()
+        error = (rounded[name] - exact[name]).abs().max() / exact[name].abs().max()
         assert 2**-17 < error < 2**-9, name
 
 

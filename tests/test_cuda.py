@@ -6,7 +6,7 @@ TF32 is off for both sides. The same cases run emulated on the host in test_cuda
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -45,9 +45,9 @@ def test_against_cudnn(strategy: str, mode: str, form: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("strategy", ["persistent"], indirect=True)
 @pytest.mark.parametrize("mode", ["LSTM", "GRU"])
-def test_tf32(strategy: str, mode: str) -> None:
+def test_tf32(strategy: str, mode: str, switches: Callable[[str, str], None]) -> None:
     """As torch starts: the other tests turn it off."""
-    cuda_cases.check_tf32(torch.ops.fusedrnn, mode, "cuda")
+    cuda_cases.check_tf32(torch.ops.fusedrnn, mode, switches, "cuda")
 
 
 # Sums over many values, and more rows than a block has.

@@ -158,7 +158,7 @@ def test_precision_of_the_persistent_kernels(
 ) -> None:
     """With TF32 off as exact as torch.nn; with it on, off by what rounding to 11 bits costs."""
     device(20)
-    cuda_cases.check_tf32(ops, mode)
+    cuda_cases.check_tf32(ops, mode, switches)
     switches("ieee", "ieee")
     cuda_cases.check(ops, cuda_cases.Call(mode, torch.float32, hidden_size=300, steps=3))
 

@@ -150,19 +150,14 @@ def test_given_environment_lacks_packages(machine: Path) -> None:
     assert "apt-get" not in done.stderr
 
 
-def test_given_torch_too_old(machine: Path) -> None:
+@pytest.mark.parametrize(
+    ("package", "found", "needed"),
+    [("torch", "2.10.1+cpu", "2.11"), ("setuptools", "75.8.0", "77")],
+)
+def test_a_given_package_too_old(machine: Path, package: str, found: str, needed: str) -> None:
     give_all(machine)
-    give_python(machine, lacking='version("torch")', answer="echo 2.10.1+cpu; exit 0")
+    give_python(machine, lacking=f'print(m.version("{package}"))', answer=f"echo {found}; exit 0")
     done = doctor(machine, "--given")
     assert done.returncode == 1
-    assert "torch 2.10.1+cpu; 2.11 or newer is needed" in done.stderr
-
-
-def test_given_setuptools_too_old(machine: Path) -> None:
-    """Older ones cannot read how pyproject.toml says the license."""
-    give_all(machine)
-    give_python(machine, lacking='print(m.version("setuptools"))', answer="echo 75.8.0; exit 0")
-    done = doctor(machine, "--given")
-    assert done.returncode == 1
-    assert "setuptools 75.8.0; 77 or newer is needed" in done.stderr
-    assert "-m pip install 'setuptools>=77'" in done.stderr
+    assert f"{package} {found}; {needed} or newer is needed" in done.stderr
+    assert f"-m pip install '{package}>={needed}'" in done.stderr

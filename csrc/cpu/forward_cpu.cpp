@@ -66,7 +66,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   }
 
   Scratch scratch;
-  S* last = nullptr;  // (D, B, P): h_n before it is rounded
+  S* last = nullptr;  // (D, B, P): h_n, or where that is narrow, before it is rounded
   const int64_t h_size = layer.batch * sizes.output;
   if constexpr (narrow) scratch.want(&last, layer.directions * h_size);
   S* zeros = nullptr;
@@ -139,8 +139,12 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   if constexpr (!narrow) last = h_n.mutable_data_ptr<S>();
   for (int d = 0; d < layer.directions; ++d) args.direction[d].h_n = last + d * h_size;
   if (storage.has_empty_rows) {
-    const S* given = h0.data();
-    for (int64_t i = 0; i < layer.directions * h_size; ++i) last[i] = given ? given[i] : S(0);
+    const int64_t all = layer.directions * h_size;
+    if (h0.data() != nullptr) {
+      std::copy(h0.data(), h0.data() + all, last);
+    } else {
+      std::fill(last, last + all, S(0));
+    }
   }
   const bool all_start_at_once =
       schedule.steps > 0 && schedule.rows[schedule.steps - 1] == schedule.rows[0];
