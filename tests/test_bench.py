@@ -302,6 +302,7 @@ def test_the_commit_that_is_measured(tmp_path: Path) -> None:
     assert machine.commit(code.parent) == clean + "-dirty"
 
 
+@pytest.mark.alone
 def test_other_load_is_measured() -> None:
     load = machine.OtherLoad()
     deadline = time.perf_counter() + 0.5

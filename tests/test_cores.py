@@ -42,6 +42,7 @@ for _ in range(15):
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /proc")
 def test_a_thread_leaves_its_callers_core() -> None:
     if len(os.sched_getaffinity(0)) < 2:

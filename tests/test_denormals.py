@@ -60,6 +60,7 @@ def test_denormal_inputs_give_right_results(mode: str, isa: str) -> None:
             assert (mine.double() - theirs).abs().max() <= tolerance
 
 
+@pytest.mark.alone
 def test_denormals_are_not_slow() -> None:
     """Without flushing, products of subnormal numbers take up to a hundred times as long."""
     torch.set_num_threads(1)

@@ -265,6 +265,7 @@ def test_save_only_saves() -> None:
         assert plain[3].numel() == plain[4].numel() == 0
 
 
+@pytest.mark.alone
 def test_other_threads_run_meanwhile() -> None:
     """The GIL is released: this thread counts on while another one is in the kernel."""
     x, params = torch.randn(400, 32, 64), [p.float() for p in oracle.module_params("LSTM", 64, 256)]

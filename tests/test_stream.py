@@ -275,6 +275,7 @@ def threads_of(call: Callable[[], object]) -> float:
     return (time.process_time() - everyone) / (time.thread_time() - own)
 
 
+@pytest.mark.alone
 def test_a_second_thread_helps_where_steps_follow_closely() -> None:
     stream, x = Stream(fusedrnn.LSTM(512, 512)), torch.randn(512)
 

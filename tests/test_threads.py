@@ -398,6 +398,7 @@ def test_an_unknown_forced_instruction_set_is_an_error() -> None:
     assert "instruction set 'mmx' is not available: expected one of" in said
 
 
+@pytest.mark.alone
 def test_threads_do_not_hurt_small_work() -> None:
     """Work too small to share stays on one thread, whatever the number allowed."""
     net = oracle.fused("GRU", SHAPES["small"][2:])
