@@ -76,8 +76,8 @@ def layer(
         x, h0, c0, *params = _distinct([x, h0, c0, *params])
         # torch.export keeps no Function: it would record the forward alone, detached under
         # strict=True. An exported bare operator is for inference, and raises when a derivative is
-        # asked of it.
-        if not _needs_grad(x, h0, c0, params) or torch.compiler.is_exporting():
+        # asked of it. The flag itself: torch 2.11's Dynamo takes is_exporting() to be True always.
+        if not _needs_grad(x, h0, c0, params) or torch.compiler._is_exporting_flag:
             return _ops.layer_forward(
                 mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional,
                 False,

@@ -81,6 +81,8 @@ def test_the_library_shares_no_kernel_code() -> None:
         name = line.split(maxsplit=2)[-1]
         if "fusedrnn::" not in name or not kernels.search(name.split("(")[0]):
             continue
+        if "at::Tensor" in name:  # the CUDA half's driver
+            continue
         isa = re.search(rf"fusedrnn::({'|'.join(ISAS)})::", name)
         assert isa is not None, name
         found.add(isa[1])
