@@ -238,6 +238,23 @@ struct ForwardArgs {
   ForwardDirection<S, W> direction[2];
 };
 
+// Like the weights; null: not wanted.
+template <class S>
+struct WeightGradients {
+  S *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
+};
+
+// Values of each of a direction's gradients, in the order of WeightGradients.
+struct GradientSizes {
+  int64_t w_ih, w_hh, b, w_hr;
+  GradientSizes(Cell cell, const Sizes& s)
+      : w_ih(gate_blocks(cell) * s.hidden * s.input),
+        w_hh(gate_blocks(cell) * s.hidden * s.output),
+        b(gate_blocks(cell) * s.hidden),
+        w_hr(s.projected ? s.output * s.hidden : 0) {}
+  int64_t all() const { return w_ih + w_hh + 2 * b + w_hr; }
+};
+
 template <class S, class E = S>
 struct BackwardDirection {
   bool reverse;
@@ -258,16 +275,17 @@ struct BackwardDirection {
   const S* dh_n;          // (B, Pp), sorted rows, or null
   E* dgates;              // packed rows of the chunk, (., dgates_stride): scratch
   int64_t dgates_stride;  // >= saved_blocks * Hp
-  const E* dgates_next;   // (B, dgates_stride): dgates of the step walked just before this chunk;
-                          // null at the first chunk
+  E* dgates_next;         // (B, dgates_stride), scratch: dgates of the step walked just before this
+                          // chunk; null where there is one chunk
   S* carry;               // (state rows, Hp): LSTM dc, GRU dh z; holds dc_n or zeros at first
   E* dh;                  // packed rows of the chunk, (., Pp): dh before a projection; or null
   E* h_tilde;             // packed rows of the chunk, (., Hp); or null
   S *dh0, *dc0;           // (B, P), (B, H), caller's rows; or null: not wanted
-  S *dw_ih, *dw_hh;  // like the weights: written at the first chunk, added to at the others; or
-  S *db_ih, *db_hh, *dw_hr;           // null: not wanted
+  WeightGradients<S> results;         // written at the first chunk, added to at the others
   uint16_t *dw_ih_half, *dw_hh_half;  // of a single row: bfloat16, in place of dw_ih and dw_hh; or
                                       // null
+  S* apart;    // (groups - 1, apart_stride): what later groups sum by themselves, scratch
+  int* begun;  // (groups): whether a group has written there; zeros at first
   const uint8_t* reset;
 };
 
@@ -297,7 +315,14 @@ struct BackwardArgs {
   BackwardRow<S, E>* rows;  // scratch: per thread, (B), one step's: those of its group
   int64_t rows_stride;
   const E** previous;  // scratch: where the states that entered a chunk's steps lie
-  Word<E>* panels[2];  // scratch: x and those states as panels, k counting words of rows
+  Word<E>* panels[2];  // scratch: x and those states as panels, k counting words of rows; of each
+                       // group's rows where groups sum apart
+  // Up to so many groups sum the weights' gradients over their own rows, apart from the others; 1:
+  // none do.
+  int apart_groups;
+  int64_t apart_stride;  // values of all gradients of a direction's weights, or more
+  int64_t dgates_apart;  // values between two groups' dgates, where they sum apart
+  int64_t* group_rows;   // scratch: which of a chunk's rows are each group's, where they sum apart
   Word<E>* columns;  // scratch: per thread, (kMostGradientRows, column_words(words of chunk rows))
   int64_t columns_stride;
   BackwardDirection<S, E> direction[2];

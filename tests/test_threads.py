@@ -23,8 +23,14 @@ import oracle
 from fusedrnn import _C
 
 ROOT = Path(fusedrnn.__file__).resolve().parents[1]
-# T, B, I, H of work that is split by rows, by hidden units, by directions, and not at all.
-SHAPES = {"rows": (20, 48, 32, 64), "units": (20, 2, 64, 320), "small": (3, 2, 4, 5)}
+# T, B, I, H of work that is split by rows, by rows with weights' gradients of their own, by hidden
+# units, by directions, and not at all.
+SHAPES = {
+    "rows": (20, 48, 32, 320),
+    "apart": (60, 24, 24, 40),
+    "units": (20, 2, 64, 320),
+    "small": (3, 2, 4, 5),
+}
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> None:

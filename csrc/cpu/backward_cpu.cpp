@@ -74,8 +74,6 @@ class BackwardRun {
           at::get_num_threads(), layer_.directions,
           [&](int threads) { return plan_team(now, threads); },
           [&](const Slot& slot) { kernel(args_, slot); });
-      if (i + 1 == chunks) break;
-      for (int d = 0; d < layer_.directions; ++d) leave_chunk(args_.direction[d], next_[d]);
     }
   }
 
@@ -109,23 +107,31 @@ class BackwardRun {
       dir.dw_ih_half = half_gradient(0);
       dir.dw_hh_half = half_gradient(1);
     } else {
-      dir.dw_ih = gradient(0);
-      dir.dw_hh = gradient(1);
+      dir.results.dw_ih = gradient(0);
+      dir.results.dw_hh = gradient(1);
     }
     if (layer_.has_biases) {
-      dir.db_ih = gradient(2);
-      dir.db_hh = gradient(3);
+      dir.results.db_ih = gradient(2);
+      dir.results.db_hh = gradient(3);
     }
-    if (sizes.projected) dir.dw_hr = gradient(layer_.w_hr_index());
+    if (sizes.projected) dir.results.dw_hr = gradient(layer_.w_hr_index());
     dir.reset = storage.reset_of(d);
   }
 
   void allocate() {
     const Sizes& sizes = layer_.sizes;
     const int64_t gates = gate_blocks(layer_.cell) * hidden_;
-    const int threads = most_threads(work_, schedule_, bounds_);
+    const auto [threads, groups] = most_of_plans(work_, schedule_, bounds_);
     scratch_.want(&zeros_, layer_.sizes.zero_count());
-    const int64_t row_words = words_of<E>(most_rows_);
+    // A single chunk's rows are read by all while they are near. By the number of groups, which
+    // unlike that of threads depends on no distance: it changes bits.
+    const bool apart = bounds_.size() > 2 && worth_summing_apart(work_, groups, most_rows_);
+    args_.apart_groups = apart ? groups : 1;
+    args_.apart_stride = padded(GradientSizes(layer_.cell, sizes).all());
+    args_.dgates_apart = most_rows_ * stride_ + (apart ? kPage / sizeof(E) : 0);
+    if (apart) scratch_.want(&args_.group_rows, most_rows_);
+    // Each group's rows begin with a word of their own.
+    const int64_t row_words = words_of<E>(most_rows_) + args_.apart_groups - 1;
     args_.rows_stride = layer_.batch;
     scratch_.want(&args_.rows, threads * args_.rows_stride);
     scratch_.want(&args_.previous, most_rows_);
@@ -143,8 +149,12 @@ class BackwardRun {
           scratch_.want(&dir.packed.recurrent, words_of<E>(gates) * whole_panels(sizes.output));
         }
       }
-      scratch_.want(&dir.dgates, most_rows_ * stride_);
-      if (bounds_.size() > 2) scratch_.want(&next_[d], layer_.batch * stride_);
+      scratch_.want(&dir.dgates, args_.apart_groups * args_.dgates_apart);
+      if (apart) {
+        scratch_.want(&dir.apart, (groups - 1) * args_.apart_stride);
+        scratch_.want(&dir.begun, groups);
+      }
+      if (bounds_.size() > 2) scratch_.want(&dir.dgates_next, layer_.batch * stride_);
       scratch_.want(&dir.carry, state_row(args_.schedule, layer_.batch) * hidden_);
       const bool h_as_it_lies = lies_as_read(sizes.output, schedule_);
       const bool c_as_it_lies = lies_as_read(sizes.hidden, schedule_);
@@ -163,6 +173,9 @@ class BackwardRun {
     scratch_.allocate();
     std::fill(zeros_, zeros_ + layer_.sizes.zero_count(), S(0));
     args_.zeros = zeros_;
+    for (int d = 0; apart && d < layer_.directions; ++d) {
+      std::fill(args_.direction[d].begun, args_.direction[d].begun + groups, 0);
+    }
   }
 
   void fill_states() {
@@ -190,7 +203,6 @@ class BackwardRun {
   void enter_chunk(int d, int64_t index) {
     BackwardDirection<S, E>& dir = args_.direction[d];
     dir.chunk = chunk_of(bounds_, index, dir.reverse, true);
-    dir.dgates_next = next_[d];
     const int64_t first = schedule_.row0[dir.chunk.begin];
     if (layer_.cell == Cell::kRnnTanh || layer_.cell == Cell::kRnnRelu) return;
     if (direct_) {
@@ -201,13 +213,6 @@ class BackwardRun {
     at::from_blob(widened_[d], {rows, width_}, {stride_, 1}, kDtype<E>)
         .copy_(in_.gates.narrow(0, first, rows).select(1, d).narrow(1, 0, width_));
     dir.gates = widened_[d];
-  }
-
-  // Keeps the gradients that the next chunk's first step still needs.
-  void leave_chunk(const BackwardDirection<S, E>& dir, E* next) const {
-    const int64_t t = dir.reverse ? dir.chunk.end - 1 : dir.chunk.begin;
-    const E* from = dir.dgates + (schedule_.row0[t] - schedule_.row0[dir.chunk.begin]) * stride_;
-    std::copy(from, from + schedule_.rows[t] * stride_, next);
   }
 
   const Layer& layer_;
@@ -228,7 +233,7 @@ class BackwardRun {
   BackwardArgs<S, E> args_{};
   Scratch scratch_;
   S* zeros_ = nullptr;
-  E *next_[2] = {}, *h0_copy_[2] = {}, *widened_[2] = {};
+  E *h0_copy_[2] = {}, *widened_[2] = {};
   S *c0_copy_[2] = {}, *dh_n_copy_[2] = {};
 };
 

@@ -21,15 +21,18 @@ class BackwardChunk : public StateGradients<S, E> {
     for (int64_t i = 0; i < chunk.end - chunk.begin; ++i) {
       step(d_.reverse ? chunk.begin + i : chunk.end - 1 - i);
     }
+    const int64_t t = d_.reverse ? chunk.end - 1 : chunk.begin;
+    const Range rows = {own_rows_.begin, std::min(own_rows_.end, schedule_.rows[t])};
     if (chunk.last) {
-      const int64_t t = d_.reverse ? chunk.end - 1 : chunk.begin;
-      finish(t, {own_rows_.begin, std::min(own_rows_.end, schedule_.rows[t])});
+      finish(t, rows);
+    } else {
+      keep_dgates(t, rows);
     }
   }
 
  private:
   using Base::dgates, Base::dgates_after, Base::dy_of, Base::each, Base::final_gradient,
-      Base::finish, Base::from_end, Base::output_gradients, Base::zeros;
+      Base::finish, Base::from_end, Base::keep_dgates, Base::output_gradients, Base::zeros;
   using Base::kSideRows, Base::kWidth;
   using Base::sizes_, Base::schedule_, Base::d_, Base::slot_, Base::zeros_, Base::hidden_,
       Base::output_, Base::own_output_panels_, Base::own_hidden_panels_, Base::own_rows_,

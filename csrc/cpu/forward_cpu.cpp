@@ -41,7 +41,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   const std::vector<int64_t> bounds = joins && !save ? std::vector<int64_t>{0, storage.view.steps}
                                                      : chunk_bounds(storage.view, work);
   const int64_t most_rows = chunk_rows(storage.view, bounds);
-  const int threads = most_threads(work, storage.view, bounds);
+  const int threads = most_of_plans(work, storage.view, bounds).threads;
   const std::vector<int64_t> apart =
       state_rows(work, at::get_num_threads(), std::min(hidden, output) * sizeof(S));
   Schedule schedule = storage.view;

@@ -2,11 +2,12 @@
 //
 //   dW_ih += dgates^T x,  dW_hh += dgates^T h_prev,  db += sum of dgates,  dx += dgates W_ih
 //
-// Each thread owns rows of the weights' gradients and rows of dx, and sums in a fixed order: the
-// result does not depend on who comes first.
+// Each thread owns rows of the weights' gradients and rows of dx, or its group's own sums and rows
+// (chunk_rows_inl.h), and sums in a fixed order: the result does not depend on who comes first.
 #pragma once
 
 #include "cpu/backward_inl.h"
+#include "cpu/chunk_rows_inl.h"
 
 FUSEDRNN_ISA_BEGIN
 
@@ -18,22 +19,15 @@ inline constexpr int64_t kBlockK = kAddedInTurn;
 inline constexpr int64_t kPanelsPerThread = 4;
 
 template <class S, class E>
-class ChunkGradients {
+class ChunkGradients : public ChunkRows<S, E> {
+  using Base = ChunkRows<S, E>;
+
  public:
   ChunkGradients(Cell cell, const BackwardArgs<S, E>& args,
                  const BackwardDirection<S, E>& direction, const Slot& slot)
-      : blocks_(gradient_blocks(cell)),
-        args_(args),
-        sizes_(args.sizes),
-        schedule_(args.schedule),
-        d_(direction),
-        slot_(slot),
+      : Base(cell, args, direction, slot),
         hidden_(sizes_.hidden_padded()),
-        output_(sizes_.output_padded()),
-        first_row_(schedule_.row0[d_.chunk.begin]),
-        rows_(schedule_.row0[d_.chunk.end] - first_row_),
-        words_(words_of<F>(rows_)),
-        packs_on_the_way_(d_.chunk.first && d_.chunk.last &&
+        packs_on_the_way_(!apart_ && d_.chunk.first && d_.chunk.last &&
                           (input_panels() % slot.threads == 0 ||
                            input_panels() >= kPanelsPerThread * slot.threads)),
         columns_(args.columns + slot.thread * args.columns_stride) {}
@@ -41,28 +35,34 @@ class ChunkGradients {
   // W_ih by input column, for dx.
   void pack() const {
     if (args_.dx == nullptr || d_.packed.input == nullptr || packs_on_the_way_) return;
-    pack_input(d_.packed.input, own(weight_words()), Range{0, input_panels()});
+    pack_input(d_.packed.input, share(weight_words(), slot_.thread, slot_.threads),
+               Range{0, input_panels()});
   }
 
   void accumulate() const {
-    if (rows_ == 1 && d_.chunk.first && d_.dw_hr == nullptr) {
+    if (rows_ == 1 && !apart_ && d_.chunk.first && to_.dw_hr == nullptr) {
       weight_gradients_of_one();
     } else {
       accumulate_weights();
     }
-    if (args_.dx != nullptr) {
+    if (args_.dx != nullptr && rows_ > 0) {  // a group may have none
       if (d_.packed.input == nullptr) {
         input_gradient_of_few();
       } else {
         input_gradient();
       }
     }
-    slot_.wait_team();
+    if (apart_) d_.begun[slot_.group] = 1;
+    meet();
   }
 
  private:
-  using F = FormatOf<E>;
-  using W = Word<E>;
+  using Base::blocks_, Base::args_, Base::sizes_, Base::schedule_, Base::d_, Base::slot_,
+      Base::apart_, Base::dgates_, Base::output_, Base::rows_, Base::words_, Base::writes_,
+      Base::to_;
+  using Base::chunk_row, Base::find_previous, Base::meet, Base::own, Base::panels, Base::previous,
+      Base::previous_state, Base::x_at, Base::x_row;
+  using typename Base::F, typename Base::W;
   static constexpr int64_t kValues = kValuesPerWord<F>;
   static constexpr int64_t kWidth = kChunkVectors * kLanes<S>;
   // Rows of a weight's gradient that a thread works on at a time: some whole tiles.
@@ -71,23 +71,23 @@ class ChunkGradients {
 
   int64_t weight_words() const { return words_of<F>(blocks_.gates * hidden_); }
   int64_t input_panels() const { return panel_count<S>(sizes_.input, kChunkVectors); }
-  Range own(int64_t count) const { return share(count, slot_.thread, slot_.threads); }
 
   void accumulate_weights() const {
-    const Range words = share(words_, slot_.thread, slot_.threads);
-    if (d_.dw_ih != nullptr) {
+    const Range words = own(words_);
+    if (to_.dw_ih != nullptr) {
       pack_rows(0, sizes_.input, words, [&](int64_t row) { return x_at(row); });
     }
-    if (d_.dw_hh != nullptr) {
+    if (to_.dw_hh != nullptr) {
       find_previous({words.begin * kValues, std::min(words.end * kValues, rows_)});
-      pack_rows(1, sizes_.output, words, [&](int64_t row) { return args_.previous[row]; });
+      pack_rows(1, sizes_.output, words, [&](int64_t row) { return previous()[row]; });
     }
-    slot_.wait_team();
+    meet();
     weight_gradients();
-    if (d_.dw_hr != nullptr) {
-      slot_.wait_team();
-      pack_rows(1, sizes_.hidden, words, [&](int64_t row) { return d_.h_tilde + row * hidden_; });
-      slot_.wait_team();
+    if (to_.dw_hr != nullptr) {
+      meet();
+      pack_rows(1, sizes_.hidden, words,
+                [&](int64_t row) { return d_.h_tilde + chunk_row(row) * hidden_; });
+      meet();
       projection_gradient();
     }
   }
@@ -102,33 +102,12 @@ class ChunkGradients {
         });
   }
 
-  const E* x_at(int64_t row) const {
-    return d_.x + io_row(schedule_, first_row_ + row) * sizes_.input;
-  }
-
-  // Rows of the chunk as panels, k being the rows; the last word is filled up with zeros.
+  // The summed rows as panels, k being the rows; the last word is filled up with zeros.
   template <class RowAt>
   void pack_rows(int which, int64_t columns, Range words, RowAt row_at) const {
     pack_by_column<kChunkVectors, F>(
-        args_.panels[which], columns, words_, words,
-        Range{0, panel_count<S>(columns, kChunkVectors)},
+        panels(which), columns, words_, words, Range{0, panel_count<S>(columns, kChunkVectors)},
         [&](int64_t row) -> const E* { return row < rows_ ? row_at(row) : nullptr; });
-  }
-
-  // Where the states lie that entered the steps of the chunk's rows `mine`; null: zeros.
-  void find_previous(Range mine) const {
-    int64_t t = d_.chunk.begin;
-    for (int64_t row = mine.begin; row < mine.end; ++row) {
-      const int64_t packed_row = first_row_ + row;
-      while (packed_row >= schedule_.row0[t + 1]) ++t;
-      args_.previous[row] = previous_state(t, packed_row - schedule_.row0[t]);
-    }
-  }
-
-  const E* previous_state(int64_t t, int64_t b) const {
-    if (is_reset(d_.reset, schedule_, t, b)) return nullptr;
-    const int64_t before = previous_row(schedule_, d_.reverse, t, b);
-    return before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride : d_.h0 + b * output_;
   }
 
   W* column(int64_t i) const { return columns_ + i * column_words(words_); }
@@ -142,12 +121,13 @@ class ChunkGradients {
         const bool more = word + lanes < words_;
         for (int r = 0; r < lanes; ++r) {
           const int64_t row = (word + r) * kValues;
-          const E* at = from + row * stride + i;
+          const auto row_at = [&](int64_t index) __attribute__((always_inline)) {
+            return index < rows_ ? from + chunk_row(index) * stride + i : nullptr;
+          };
           for (int64_t v = 0; more && v < kValues; ++v) {
-            fetch_to_read(at + (lanes * kValues + v) * stride);
+            fetch_to_read(row_at(std::min(row + lanes * kValues + v, rows_ - 1)));
           }
-          block[r] = word_of_rows<F>(row < rows_ ? at : nullptr,
-                                     row + 1 < rows_ ? at + stride : nullptr, width - i);
+          block[r] = word_of_rows<F>(row_at(row), row_at(row + 1), width - i);
         }
         transpose<W>(block);
         for (int64_t r = 0; r < std::min<int64_t>(lanes, width - i); ++r) {
@@ -178,7 +158,7 @@ class ChunkGradients {
       const Vec<S> sum = sums_of<S>(sums);
       for (S* to : {db_ih, db_hh}) {
         if (to == nullptr) continue;
-        const Vec<S> before = d_.chunk.first ? Vec<S>{} : load(to + i, width - i);
+        const Vec<S> before = writes_ ? Vec<S>{} : load(to + i, width - i);
         store(to + i, before + sum, width - i);
       }
     }
@@ -186,7 +166,7 @@ class ChunkGradients {
 
   // to (width, n) += columns^T (panels of `which`)
   void add_outer(S* to, int64_t n, int64_t width, int which) const {
-    const Range rows = {0, width}, panels = {0, panel_count<S>(n, kChunkVectors)};
+    const Range rows = {0, width}, all = {0, panel_count<S>(n, kChunkVectors)};
     const auto fetch = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
       for (int v = 0; v < kChunkVectors; ++v) {
         fetch_to_write(to + row * n + panel * kWidth + v * kLanes<S>);
@@ -195,12 +175,11 @@ class ChunkGradients {
     for (int64_t k = 0; k == 0 || k < words_; k += kBlockK) {
       const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
                                                int64_t panel) __attribute__((always_inline)) {
-        for (int r = 0; r < R; ++r) with_next_tile(rows, panels, row + R + r, panel, fetch);
-        put_tile(tile, panel, n, !d_.chunk.first || k > 0,
-                 [&](int r) { return to + (row + r) * n; });
+        for (int r = 0; r < R; ++r) with_next_tile(rows, all, row + R + r, panel, fetch);
+        put_tile(tile, panel, n, !writes_ || k > 0, [&](int r) { return to + (row + r) * n; });
       };
       product<F, kChunkVectors, Sums::kInRegisters>(
-          rows, panels, [&](int64_t r) { return column(r) + k; }, args_.panels[which] + k * kWidth,
+          rows, all, [&](int64_t r) { return column(r) + k; }, panels(which) + k * kWidth,
           words_ * kWidth, std::min(kBlockK, words_ - k), epilogue);
     }
   }
@@ -226,22 +205,22 @@ class ChunkGradients {
   void weight_gradients() const {
     const int64_t units = sizes_.hidden;
     const int64_t per_block = (units + kGradientRows - 1) / kGradientRows;
-    const Range mine = share(blocks_.count * per_block, slot_.thread, slot_.threads);
+    const Range mine = own(blocks_.count * per_block);
     for (int64_t i = mine.begin; i < mine.end; ++i) {
       const int block = static_cast<int>(i / per_block);
       const int64_t unit = i % per_block * kGradientRows;
       const int64_t width = std::min(kGradientRows, units - unit);
-      take_columns(d_.dgates + block * hidden_ + unit, d_.dgates_stride, width);
+      take_columns(dgates_ + block * hidden_ + unit, d_.dgates_stride, width);
       // Of this block in the parameter's gradient, of n columns; null: not wanted, or not its gate.
       const auto part = [&](S* gradient, int gate, int64_t n) {
         return gradient == nullptr || gate < 0 ? nullptr : gradient + (gate * units + unit) * n;
       };
       const int input_gate = blocks_.input_gate[block], hidden_gate = blocks_.hidden_gate[block];
-      S* const dw_ih = part(d_.dw_ih, input_gate, sizes_.input);
-      S* const dw_hh = part(d_.dw_hh, hidden_gate, sizes_.output);
+      S* const dw_ih = part(to_.dw_ih, input_gate, sizes_.input);
+      S* const dw_hh = part(to_.dw_hh, hidden_gate, sizes_.output);
       if (dw_ih != nullptr) add_outer(dw_ih, sizes_.input, width, 0);
       if (dw_hh != nullptr) add_outer(dw_hh, sizes_.output, width, 1);
-      add_sums(part(d_.db_ih, input_gate, 1), part(d_.db_hh, hidden_gate, 1), width);
+      add_sums(part(to_.db_ih, input_gate, 1), part(to_.db_hh, hidden_gate, 1), width);
     }
   }
 
@@ -256,7 +235,7 @@ class ChunkGradients {
     for (int block = 0; block < blocks_.count; ++block) {
       const Range some = {std::max(mine.begin - block * units, int64_t{0}),
                           std::min(mine.end - block * units, units)};
-      const E* dgates = d_.dgates + block * hidden_;
+      const E* dgates = dgates_ + block * hidden_;
       const auto put = [&](int gate, S* dw, uint16_t* half, S* db, const E* v, int64_t n) {
         if (gate < 0) return;
         const int64_t row0 = gate * units;
@@ -266,8 +245,8 @@ class ChunkGradients {
           db[row0 + i] = value_of(dgates[i]);
         }
       };
-      put(blocks_.input_gate[block], d_.dw_ih, d_.dw_ih_half, d_.db_ih, x, sizes_.input);
-      put(blocks_.hidden_gate[block], d_.dw_hh, d_.dw_hh_half, d_.db_hh, h, sizes_.output);
+      put(blocks_.input_gate[block], to_.dw_ih, d_.dw_ih_half, to_.db_ih, x, sizes_.input);
+      put(blocks_.hidden_gate[block], to_.dw_hh, d_.dw_hh_half, to_.db_hh, h, sizes_.output);
     }
   }
 
@@ -294,12 +273,12 @@ class ChunkGradients {
   // dW_hr (P, H) += dh^T (o tanh(c))
   void projection_gradient() const {
     const int64_t blocks = (sizes_.output + kGradientRows - 1) / kGradientRows;
-    const Range mine = share(blocks, slot_.thread, slot_.threads);
+    const Range mine = own(blocks);
     for (int64_t i = mine.begin; i < mine.end; ++i) {
       const int64_t unit = i * kGradientRows;
       const int64_t width = std::min(kGradientRows, sizes_.output - unit);
       take_columns(d_.dh + unit, output_, width);
-      add_outer(d_.dw_hr + unit * sizes_.hidden, sizes_.hidden, width, 1);
+      add_outer(to_.dw_hr + unit * sizes_.hidden, sizes_.hidden, width, 1);
     }
   }
 
@@ -312,13 +291,13 @@ class ChunkGradients {
                                  sizes_.hidden,
                                  hidden_,
                                  sizes_.input};
-    const E* dgates = d_.dgates + blocks_.input_begin() * hidden_;
+    const E* dgates = dgates_ + blocks_.input_begin() * hidden_;
     const int64_t panels = panel_count<S>(sizes_.input, kChunkVectors);
     product_by_column<S>(
         Range{0, rows_}, share(panels, slot_.thread, slot_.threads),
         [&](int64_t row) { return dgates + row * d_.dgates_stride; }, weight,
         [&](int64_t row, int64_t column, Vec<S> value) __attribute__((always_inline)) {
-          S* to = args_.dx + io_row(schedule_, first_row_ + row) * sizes_.input + column;
+          S* to = args_.dx + x_row(row) * sizes_.input + column;
           const int64_t valid = sizes_.input - column;
           store(to, args_.add_dx ? value + load(to, valid) : value, valid);
         });
@@ -326,7 +305,7 @@ class ChunkGradients {
 
   void input_gradient() const {
     const int64_t all = weight_words();
-    const E* dgates = d_.dgates + blocks_.input_begin() * hidden_;
+    const E* dgates = dgates_ + blocks_.input_begin() * hidden_;
     // A tile's height, which decides how its sums are taken, depends on no number of threads.
     const int64_t count = tile_count<F, kChunkVectors>(rows_);
     const Tiles tiles = {{0, rows_}, count, packs_on_the_way_ ? Range{0, count} : own(count)};
@@ -344,7 +323,7 @@ class ChunkGradients {
           pack_input(packed, Range{k, k + size}, panels);
         }
         const auto row_at = [&](int64_t row) {
-          return as_words<E>(dgates + row * d_.dgates_stride) + k;
+          return as_words<E>(dgates + chunk_row(row) * d_.dgates_stride) + k;
         };
         const auto fetch = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
           if (panel == panels.begin) fetch_row(row_at(row), size);
@@ -352,9 +331,8 @@ class ChunkGradients {
         const auto epilogue = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t row,
                                                  int64_t panel) __attribute__((always_inline)) {
           for (int r = 0; r < R; ++r) with_next_tile(rows, panels, row + R + r, panel, fetch);
-          put_tile(tile, panel, sizes_.input, args_.add_dx || k > 0, [&](int r) {
-            return args_.dx + io_row(schedule_, first_row_ + row + r) * sizes_.input;
-          });
+          put_tile(tile, panel, sizes_.input, args_.add_dx || k > 0,
+                   [&](int r) { return args_.dx + x_row(row + r) * sizes_.input; });
         };
         product_of_tiles<F, kChunkVectors, Sums::kInRegisters>(
             tiles, panels, row_at, packed + k * kWidth, all * kWidth, size, epilogue);
@@ -362,15 +340,7 @@ class ChunkGradients {
     }
   }
 
-  const GradientBlocks blocks_;
-  const BackwardArgs<S, E>& args_;
-  const Sizes& sizes_;
-  const Schedule& schedule_;
-  const BackwardDirection<S, E>& d_;
-  const Slot& slot_;
-  const int64_t hidden_, output_;   // padded
-  const int64_t first_row_, rows_;  // packed, of the chunk
-  const int64_t words_;             // of rows_ values
+  const int64_t hidden_;  // padded
   // Where W_ih serves a single chunk, threads share dx's columns, not its rows: a block of W_ih is
   // packed and used by one thread, and all blocks share one place, the last of its panels' that
   // holds a whole one, in its own cache.
@@ -392,9 +362,17 @@ void backward_chunk(const BackwardArgs<S, E>& args, const Slot& slot) {
   for (int i = slot.direction_begin; i < slot.direction_end; ++i) {
     BackwardChunk<kCell, S, E>(args, args.direction[i], slot).walk();
   }
-  slot.wait_team();
+  const bool apart = sums_apart(args, slot);
   for (int i = 0; i < args.directions; ++i) {
+    // Groups that sum apart wait for nobody, but share the scratch of the direction before.
+    if (i == 0 ? !apart : apart) slot.wait_team();
     ChunkGradients<S, E>(kCell, args, args.direction[i], slot).accumulate();
+  }
+  if (args.apart_groups > 1 && args.direction[0].chunk.last) {
+    slot.wait_team();
+    for (int i = 0; i < args.directions; ++i) {
+      add_up(kCell, args, args.direction[i], slot);
+    }
   }
   release_matrix_unit();
 }

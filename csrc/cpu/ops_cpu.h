@@ -253,15 +253,19 @@ Workload workload_in_chunk(const Workload& work, const Schedule& schedule,
   return with_rows(work, rows);
 }
 
-// The most threads that any chunk is walked by.
-inline int most_threads(const Workload& work, const Schedule& schedule,
-                        const std::vector<int64_t>& bounds) {
-  int threads = 1;
+// The most threads, and groups, that any chunk is walked by.
+struct Most {
+  int threads = 1, groups = 1;
+};
+inline Most most_of_plans(const Workload& work, const Schedule& schedule,
+                          const std::vector<int64_t>& bounds) {
+  Most most;
   for (size_t i = 0; i + 1 < bounds.size(); ++i) {
     const Workload now = with_rows(work, schedule.rows[bounds[i]]);
-    threads = std::max(threads, plan_team(now, at::get_num_threads()).threads());
+    const Plan plan = plan_team(now, at::get_num_threads());
+    most = {std::max(most.threads, plan.threads()), std::max(most.groups, plan.groups)};
   }
-  return threads;
+  return most;
 }
 
 // Most rows of a chunk.

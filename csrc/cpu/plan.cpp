@@ -53,6 +53,8 @@ constexpr int64_t kLongRows = 128;
 constexpr int64_t kWorthPackingOneStep = 512;
 // From so many (step, row) pairs on, weights may be worth widening.
 constexpr int64_t kWorthWidening = 32;
+// Of a chunk, for each group that sums apart.
+constexpr int64_t kRowsToSumApart = 64;
 // Up to so many rows of a single step, backward reads the weights as they lie.
 constexpr int64_t kFewRows = 16;
 
@@ -181,8 +183,7 @@ std::vector<int64_t> state_rows(const Workload& work, int threads, int64_t row_b
   if (groups <= 1) return rows;
   // Prefetchers run ahead into the next group's rows, which another core writes at every step, and
   // stop at a page's end.
-  constexpr int64_t page = 4096;
-  const int64_t gap = (page + row_bytes - 1) / row_bytes;
+  const int64_t gap = (kPage + row_bytes - 1) / row_bytes;
   rows.reserve(work.batch + 1);
   for (int group = 0; group < groups; ++group) {
     const Range own = share(work.batch, group, groups);
@@ -190,6 +191,13 @@ std::vector<int64_t> state_rows(const Workload& work, int threads, int64_t row_b
   }
   rows.push_back(work.batch + groups * gap);
   return rows;
+}
+
+bool worth_summing_apart(const Workload& work, int groups, int64_t chunk_rows) {
+  // Each thread reads and writes all gradients for each chunk: they stay in its own cache, and it
+  // has rows enough to hide that.
+  const double bytes = weights_of(work) * work.value_size;
+  return groups > 1 && bytes <= private_cache() / 2. && chunk_rows / groups >= kRowsToSumApart;
 }
 
 int64_t chunk_target(Cell cell, const Sizes& sizes, int64_t value_size) {

@@ -26,6 +26,9 @@ struct Workload {
   Distance distance = Distance::kUnknown;
 };
 
+// At whose end a prefetcher stops, bytes.
+inline constexpr int64_t kPage = 4096;
+
 // Of the whole call.
 double multiplications(const Workload& work);
 
@@ -58,6 +61,11 @@ bool depends_on_distance(Workload work, int threads);
 // Where the rows of a state of `row_bytes` or more a row lie, so that no line of one group's is
 // near one of another's: Schedule::state_row. Empty where there is one group.
 std::vector<int64_t> state_rows(const Workload& work, int threads, int64_t row_bytes);
+
+// Whether groups sum the weights' gradients over their own rows apart from each other, and add them
+// up in the end, in place of all threads' sharing each sum: no row then crosses from one core to
+// another.
+bool worth_summing_apart(const Workload& work, int groups, int64_t chunk_rows);
 
 // About how many (step, row) pairs a chunk of time should have.
 int64_t chunk_target(Cell cell, const Sizes& sizes, int64_t value_size);

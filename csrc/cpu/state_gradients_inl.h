@@ -23,6 +23,7 @@ class StateGradients {
         own_hidden_panels_(share(panel_count<S>(hidden_, kStepVectors), slot.part, slot.parts)),
         own_rows_(own_rows(schedule_, d_.chunk, slot)),
         first_row_(schedule_.row0[d_.chunk.begin]),
+        dgates_(dgates_of_group(args, direction, slot)),
         blocks_(gradient_blocks(cell)),
         carries_h_(carries_h(cell)) {}
 
@@ -60,13 +61,23 @@ class StateGradients {
   const E* zeros() const { return reinterpret_cast<const E*>(zeros_); }
 
   E* dgates(int64_t packed_row) const {
-    return d_.dgates + (packed_row - first_row_) * d_.dgates_stride;
+    return dgates_ + (packed_row - first_row_) * d_.dgates_stride;
   }
 
   // dgates of step u, which was walked just before, in this chunk or at the end of the last one.
   const E* dgates_of(int64_t u, int64_t b) const {
     if (u >= d_.chunk.begin && u < d_.chunk.end) return dgates(schedule_.row0[u] + b);
     return d_.dgates_next + b * d_.dgates_stride;
+  }
+
+  // Keeps this thread's part of step t's for the next chunk, whose first step reads them.
+  void keep_dgates(int64_t t, Range rows) const {
+    const Range own = share(d_.dgates_stride, slot_.part, slot_.parts);
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const E* from = dgates(schedule_.row0[t] + b);
+      std::copy(from + own.begin, from + own.end,
+                d_.dgates_next + b * d_.dgates_stride + own.begin);
+    }
   }
 
   // The same, as they reach the step before u: not past a reset, nor for `starting` rows, whose
@@ -187,6 +198,7 @@ class StateGradients {
  private:
   int64_t recurrent_words() const { return words_of<F>(blocks_.gates * hidden_); }
 
+  E* const dgates_;
   const GradientBlocks blocks_;
   const bool carries_h_;
 };

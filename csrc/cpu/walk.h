@@ -35,6 +35,22 @@ inline Range own_rows(const Schedule& schedule, const Chunk& chunk, const Slot& 
   return {first_row(slot.group), first_row(slot.group + 1)};
 }
 
+// Whether groups sum the gradients of the weights apart from each other in this team: not where a
+// group has parts, or directions are walked side by side, which need what others made; nor where it
+// is another team than was planned for and there is no room.
+template <class S, class E>
+bool sums_apart(const BackwardArgs<S, E>& args, const Slot& slot) {
+  return slot.groups > 1 && slot.groups == slot.threads && slot.groups <= args.apart_groups;
+}
+
+// A chunk's dgates, those of the thread's group where groups sum apart: no prefetcher then runs
+// from one's rows into another's.
+template <class S, class E>
+E* dgates_of_group(const BackwardArgs<S, E>& args, const BackwardDirection<S, E>& direction,
+                   const Slot& slot) {
+  return direction.dgates + (sums_apart(args, slot) ? slot.group * args.dgates_apart : 0);
+}
+
 // Notes which of a chunk's rows those of `own` are, step after step; returns how many.
 inline int64_t find_chunk_rows(const Schedule& schedule, const Chunk& chunk, Range own,
                                int64_t* to) {

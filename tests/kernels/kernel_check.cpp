@@ -188,7 +188,6 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   const Kept h0 = pad_rows<E>(p.h0, c.batch, P);
   const Array c0 = pad_rows<S>(p.c0, c.batch, H), dh_n = pad_rows<S>(p.dh_n, c.batch, P);
   Array carry = place_rows<S>(c.cell == Cell::kLstm ? p.dc_n : Values(c.batch * H), at, H);
-  E *const dgates = rooms.take<E>(pairs * width), *const next = rooms.take<E>(c.batch * width);
   // What is written must not depend on what was there; what is added to, holds zeros.
   const S nan = std::numeric_limits<S>::quiet_NaN();
   const bool add_dx = c.reverse;
@@ -207,8 +206,15 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   backward.rows = rows_back.data();
   backward.rows_stride = c.batch;
   backward.previous = previous.data();
-  backward.panels[0] = rooms.take<W>(words_of<E>(pairs) * whole_panels(c.input));
-  backward.panels[1] = rooms.take<W>(words_of<E>(pairs) * whole_panels(std::max(P, H)));
+  backward.apart_groups = c.reset != c.reverse ? c.plan.groups : 1;
+  backward.apart_stride = padded(GradientSizes(c.cell, p.sizes).all());
+  backward.dgates_apart = pairs * width;
+  std::vector<int64_t> summed_rows(pairs);
+  std::vector<int> begun(c.plan.groups);
+  backward.group_rows = summed_rows.data();
+  const int64_t panel_words = words_of<E>(pairs) + backward.apart_groups - 1;
+  backward.panels[0] = rooms.take<W>(panel_words * whole_panels(c.input));
+  backward.panels[1] = rooms.take<W>(panel_words * whole_panels(std::max(P, H)));
   backward.columns_stride = column_words(words_of<E>(pairs)) * kMostGradientRows;
   backward.columns = rooms.take<W>(c.plan.threads() * backward.columns_stride);
   BackwardDirection<S, E>& d = backward.direction[0];
@@ -228,30 +234,31 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   d.h0 = h0.data();
   d.c0 = c0.data();
   d.dh_n = dh_n.data();
-  d.dgates = dgates;
+  d.dgates = rooms.take<E>(backward.apart_groups * backward.dgates_apart);
   d.dgates_stride = width;
-  d.dgates_next = next;
+  d.dgates_next = rooms.take<E>(c.batch * width);
   d.carry = carry.data();
   if (p.sizes.projected) {
     d.dh = rooms.take<E>(pairs * Pp);
     d.h_tilde = rooms.take<E>(pairs * Hp);
-    d.dw_hr = dw_hr.data();
+    d.results.dw_hr = dw_hr.data();
   }
   d.dh0 = dh0.data();
   if (c.cell == Cell::kLstm) d.dc0 = dc0.data();
-  d.dw_ih = dw_ih.data();
-  d.dw_hh = dw_hh.data();
-  d.db_ih = db_ih.data();
-  d.db_hh = db_hh.data();
+  const int64_t apart = (backward.apart_groups - 1) * backward.apart_stride;
+  d.apart = rooms.take<S>(apart);
+  std::fill(d.apart, d.apart + apart, nan);
+  d.begun = begun.data();
+  d.results.dw_ih = dw_ih.data();
+  d.results.dw_hh = dw_hh.data();
+  d.results.db_ih = db_ih.data();
+  d.results.db_hh = db_hh.data();
   d.reset = reset;
   for (int64_t i = 0; i < chunks; ++i) {
     d.chunk = chunk_at(c, steps, i, !c.reverse);
     d.gates = saved + p.row0[d.chunk.begin] * width;
     run(c.plan,
         [&](const Slot& slot) { table.backward[static_cast<int>(c.cell)](backward, slot); });
-    const int64_t t = c.reverse ? d.chunk.end - 1 : d.chunk.begin;
-    const E* from = dgates + (p.row0[t] - p.row0[d.chunk.begin]) * width;
-    std::copy(from, from + p.rows[t] * width, next);
   }
   const Array* const found[] = {&dx, &dh0, &dc0, &dw_ih, &dw_hh, &db_ih, &db_hh, &dw_hr};
   static_assert(std::size(found) == std::size(kGradients));
