@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <deque>
 #include <limits>
 #include <numeric>
@@ -71,7 +70,7 @@ class Rooms {
   T* take(int64_t values) {
     const size_t size = values * sizeof(T);
     std::vector<unsigned char>& room = rooms_.emplace_back(size + kMargin, kUntouched);
-    std::memset(room.data(), 0, size);
+    std::fill_n(room.begin(), size, 0);
     return reinterpret_cast<T*>(room.data());
   }
   bool untouched() const {
