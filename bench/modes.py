@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from . import cases, limits, peers
+from . import cases, derivatives, limits, peers
 from .shapes import CELLS, SHAPES, Shape, shapes
 from .timing import Call
 
@@ -70,6 +70,9 @@ BATCH_FIRST_GOALS = same(Goal(limits.TIME_MAJOR, None, 0.95), GATED)
 THREADS_GOALS = same(Goal(limits.ONE_THREAD, None, 0.95), GATED)
 DENORMAL_GOALS = same(Goal(limits.ORDINARY, None, 1 / 1.5), GATED)
 
+DERIVED = shapes("1,100,64,64", "8,100,128,128", "32,50,256,256", "16,500,128,64")
+DERIVED_GOAL = Goal(peers.TORCH, None, 1.0)
+
 STREAM = shapes(*(f"1,1,{h},{h}" for h in (64, 128, 256, 512)))
 LATENCY = shapes("1,100,256,256", "1,100,512,512", "1,100,1024,1024")
 
@@ -122,6 +125,8 @@ MODES = {
     "two-threads-training": Mode(SHAPES, partial(limits.thread_calls, train=True), THREADS_GOALS),
     "denormals": Mode(BATCHED, partial(limits.denormal_calls, train=False), DENORMAL_GOALS),
     "denormals-training": Mode(BATCHED, partial(limits.denormal_calls, train=True), DENORMAL_GOALS),
+    "gradient-penalty": Mode(DERIVED, derivatives.penalty_calls, same(DERIVED_GOAL)),
+    "tangents": Mode(DERIVED, derivatives.tangent_calls, same(DERIVED_GOAL, ("gru", "rnn"))),
     "stream": Mode(STREAM, cases.stream_step, same(Goal(BEST, None, 1.0)), with_peers=True),
     "stream-bfloat16": Mode(
         LATENCY,

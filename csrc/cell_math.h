@@ -1,6 +1,7 @@
 // The equations of every cell, forward and backward, once.
 //
-// V is float or double (CUDA, tests) or a vector of them (CPU). W x and W h products, biases and
+// V is float or double (CUDA, tests), a vector of them (CPU), or a dual number of either (dual.h),
+// which gives the equations' own derivatives. W x and W h products, biases and
 // the time loop live elsewhere; here stands only what happens to one hidden unit at one step.
 // Gate order in memory is torch.nn's: LSTM i, f, g, o; GRU r, z, n. A forward step comes in two
 // halves, the gates and what needs an activated gate first: a caller with several rows runs each
@@ -24,12 +25,18 @@ struct LstmState {
   V c;
 };
 
-// i = sigmoid(a.i), f = sigmoid(a.f), g = tanh(a.g), o = sigmoid(a.o), c = f c_prev + i g
+// c = f c_prev + i g, of activated gates
+template <class V>
+FUSEDRNN_HD V lstm_cell_state(const LstmGates<V>& y, V c_prev) {
+  return y.f * c_prev + y.i * y.g;
+}
+
+// i = sigmoid(a.i), f = sigmoid(a.f), g = tanh(a.g), o = sigmoid(a.o), and c
 template <class V>
 FUSEDRNN_HD LstmState<V> lstm_state(const LstmGates<V>& a, V c_prev) {
   LstmState<V> s;
   s.gates = {sigmoid(a.i), sigmoid(a.f), tanh(a.g), sigmoid(a.o)};
-  s.c = s.gates.f * c_prev + s.gates.i * s.gates.g;
+  s.c = lstm_cell_state(s.gates, c_prev);
   return s;
 }
 
@@ -71,14 +78,19 @@ struct GruGates {
   V a_n;  // n before its activation
 };
 
-// a_r, a_z: whole pre-activations; x_n = W_in x + b_in; h_n = W_hn h + b_hn.
-// r = sigmoid(a_r), z = sigmoid(a_z), a_n = x_n + r h_n
+// a_n = x_n + r h_n, where x_n = W_in x + b_in and h_n = W_hn h + b_hn
+template <class V>
+FUSEDRNN_HD V gru_sum(V x_n, V r, V h_n) {
+  return x_n + r * h_n;
+}
+
+// a_r, a_z: whole pre-activations. r = sigmoid(a_r), z = sigmoid(a_z), and a_n
 template <class V>
 FUSEDRNN_HD GruGates<V> gru_gates(V a_r, V a_z, V x_n, V h_n) {
   GruGates<V> s;
   s.r = sigmoid(a_r);
   s.z = sigmoid(a_z);
-  s.a_n = x_n + s.r * h_n;
+  s.a_n = gru_sum(x_n, s.r, h_n);
   return s;
 }
 
@@ -87,12 +99,18 @@ struct GruState {
   V n, h;
 };
 
-// n = tanh(a_n), h = (1 - z) n + z h_prev
+// h = (1 - z) n + z h_prev
+template <class V>
+FUSEDRNN_HD V gru_output(V n, V z, V h_prev) {
+  return n + z * (h_prev - n);
+}
+
+// n = tanh(a_n), and h
 template <class V>
 FUSEDRNN_HD GruState<V> gru_state(V a_n, V z, V h_prev) {
   GruState<V> s;
   s.n = tanh(a_n);
-  s.h = s.n + z * (h_prev - s.n);
+  s.h = gru_output(s.n, z, h_prev);
   return s;
 }
 

@@ -74,6 +74,11 @@ void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 //     packed rows, Hp = H rounded up to 16; (0) where not saved
 //
 // Backward: output_mask over [x, h0, c0, *params]; what is not wanted comes back as (0).
+//
+// Tangents, of float32 and float64 layers: the derivatives of y, h_n, c_n along the tangents of x,
+// h0, c0, *params, and those of backward's results along them and along the tangents of dy, dh_n,
+// dc_n (gradient_tangents). Absent: zeros. By the symmetry of second derivatives these are double
+// backward's results too, with the incoming gradients in place of tangents.
 TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "layer_forward(str mode, Tensor x, Tensor? lengths, Tensor? batch_sizes, Tensor? reset, "
@@ -84,6 +89,12 @@ TORCH_LIBRARY(fusedrnn, m) {
       "Tensor? batch_sizes, Tensor? reset, Tensor? h0, Tensor? c0, Tensor[] params, Tensor y, "
       "Tensor gates, Tensor cells, bool has_biases, bool bidirectional, bool[] output_mask) -> "
       "(Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dparams)");
+  m.def(
+      "layer_tangents(str mode, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? lengths, "
+      "Tensor? batch_sizes, Tensor? reset, Tensor? h0, Tensor? c0, Tensor[] params, Tensor y, "
+      "Tensor gates, Tensor cells, Tensor?[] tangents, Tensor?[] gradient_tangents, "
+      "bool has_biases, bool bidirectional, bool[] output_mask) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n, Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dparams)");
   // sigmoid or tanh exactly as the cells of instruction set `isa` apply them: for tests.
   m.def("activation(str name, str isa, Tensor x) -> Tensor");
 }
@@ -91,7 +102,7 @@ TORCH_LIBRARY(fusedrnn, m) {
 // Gradients come from the node of autograd.cpp and from fusedrnn._layer alone; calling the ops
 // directly with inputs that require grad raises in backward instead of giving none.
 TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) {
-  for (const char* op : {"layer_forward", "layer_backward", "activation"}) {
+  for (const char* op : {"layer_forward", "layer_backward", "layer_tangents", "activation"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -28,11 +28,11 @@ from torch.autograd import Function, forward_ad
 from fusedrnn import _ops, reference
 from fusedrnn._autocast import autocast_disabled
 from fusedrnn._ops import _C
+from fusedrnn._tangents import batched_by_autograd, has_tangents, layer_tangents, pull_back
 
 __all__ = ["BackwardFunction", "LayerFunction", "layer", "layer_backward"]
 
 _is_compiling = torch.compiler.is_compiling
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _transforms_active = torch._C._are_functorch_transforms_active
 
 # Positions in the Functions' arguments: mode, has_biases, bidirectional, x, lengths, batch_sizes,
@@ -67,7 +67,7 @@ def layer(
     if x.dim() != (3 if batch_sizes is None else 2):  # as _C.layer does
         expected = "(T, B, input_size)" if batch_sizes is None else "(N, input_size)"
         raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
-    if dual or (transformed and compiling):
+    if (dual and (compiling or not has_tangents(x))) or (transformed and compiling):
         with autocast_disabled(x):
             return reference.layer_forward(
                 mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
@@ -82,7 +82,8 @@ def layer(
                 mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional,
                 False,
             )[:3]  # fmt: skip
-    return LayerFunction.apply(
+    function = DualLayerFunction if dual else LayerFunction
+    return function.apply(
         mode, has_biases, bidirectional, x, lengths, batch_sizes, reset, h0, c0, *params
     )[:3]
 
@@ -146,6 +147,26 @@ class LayerFunction(Function):
         return None, None, None, dx, None, None, None, dh0, dc0, *dparams
 
 
+class DualLayerFunction(LayerFunction):
+    """The same with forward-mode tangents; apart, as Dynamo refuses a Function that has them."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        LayerFunction.setup_context(ctx, inputs, output)
+        _, _, _, x, lengths, batch_sizes, reset, h0, c0, *params = inputs
+        y, _, _, gates, cells = output
+        ctx.save_for_forward(lengths, batch_sizes, reset, y, gates, cells, x, h0, c0, *params)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        saved, inputs = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        along = [tangents[_X], tangents[_H0], tangents[_C0], *tangents[_PARAMS:]]
+        y, h_n, c_n, *_ = layer_tangents(
+            ctx.options, [False] * len(along), saved, (None, None, None, *inputs), along
+        )
+        return y, h_n, c_n if ctx.options[0] == "LSTM" else None, None, None
+
+
 def layer_backward(
     mode: str,
     has_biases: bool,
@@ -164,16 +185,18 @@ def layer_backward(
     """
     dy, dh_n, dc_n = cotangents
     x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params = saved
-    batched = not compiling and _batched_by_autograd(dy, dh_n, dc_n)
-    if forward_ad._current_level >= 0 or batched:
+    batched = not compiling and batched_by_autograd(dy, dh_n, dc_n)
+    dual = forward_ad._current_level >= 0
+    if batched or (dual and not has_tangents(x)):
         with autocast_disabled(x):
             *states, dparams = reference.layer_backward(
                 mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
                 has_biases, bidirectional,
             )  # fmt: skip
         gradients = [*states, *dparams]
-    elif not compiling and (torch.is_grad_enabled() or _transforms_active()):
-        gradients = BackwardFunction.apply(
+    elif not compiling and (dual or torch.is_grad_enabled() or _transforms_active()):
+        function = DualBackwardFunction if dual else BackwardFunction
+        gradients = function.apply(
             mode, has_biases, bidirectional, wanted, lengths, batch_sizes, reset, y, gates, cells,
             dy, dh_n, dc_n, x, h0, c0, *params,
         )  # fmt: skip
@@ -223,37 +246,56 @@ class BackwardFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        mode, has_biases, bidirectional, mask, lengths, batch_sizes, reset, *_ = inputs
-        ctx.save_for_backward(lengths, batch_sizes, reset, *inputs[10:])
-        ctx.options = (mode, has_biases, bidirectional, mask)
+        mode, has_biases, bidirectional, mask, *_ = inputs
+        ctx.save_for_backward(*inputs[4:])
+        ctx.options = (mode, has_biases, bidirectional)
+        ctx.mask = mask
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        mode, has_biases, bidirectional, mask = ctx.options
-        lengths, batch_sizes, reset, *values = ctx.saved_tensors
+        saved, values = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         needed = ctx.needs_input_grad[10:]
-        asked = [m and g is not None for m, g in zip(mask, cotangents, strict=True)]
         wanted = [n and v is not None for n, v in zip(needed, values, strict=True)]
-        if not any(asked) or not any(wanted):
+        along = [g if m else None for g, m in zip(cotangents, ctx.mask, strict=True)]
+        if not any(wanted) or all(g is None for g in along):
             return (None,) * (10 + len(values))
-
-        def first_order(*primals: Tensor) -> tuple[Tensor, ...]:
-            given = iter(primals)
-            dy, dh_n, dc_n, x, h0, c0, *params = (
-                next(given) if want else value for want, value in zip(wanted, values, strict=True)
+        composed = forward_ad._current_level >= 0 or batched_by_autograd(*along)
+        if not composed and has_tangents(values[3]):
+            # Hessians are symmetric: along the incoming gradients, these are the gradients.
+            found = layer_tangents(ctx.options, wanted[3:], saved, values, along)
+            return (None,) * 10 + tuple(
+                t if want else None for t, want in zip(found, wanted, strict=True)
             )
+
+        def first_order(
+            dy: Any, dh_n: Any, dc_n: Any, x: Tensor, h0: Any, c0: Any, *params: Tensor
+        ) -> tuple[Tensor, ...]:
+            mode, has_biases, bidirectional = ctx.options
+            lengths, batch_sizes, reset = saved[:3]
             with autocast_disabled(x):
                 *states, dparams = reference.layer_backward(
                     mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
                     has_biases, bidirectional,
                 )  # fmt: skip
-            return tuple(g for g, ask in zip([*states, *dparams], asked, strict=True) if ask)
+            return (*states, *dparams)
 
-        primals = [value for value, want in zip(values, wanted, strict=True) if want]
-        _, vjp = torch.func.vjp(first_order, *primals)
-        second = iter(vjp(tuple(g for g, ask in zip(cotangents, asked, strict=True) if ask)))
-        return (None,) * 10 + tuple(next(second) if want else None for want in wanted)
+        return (None,) * 10 + pull_back(first_order, values, needed, along)
+
+
+class DualBackwardFunction(BackwardFunction):
+    """The same with forward-mode tangents: forward over reverse."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        BackwardFunction.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[4:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        saved, values = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        found = layer_tangents(ctx.options, ctx.mask, saved, values, tangents[13:], tangents[10:13])
+        return tuple(t if m else t.new_zeros(0) for t, m in zip(found[3:], ctx.mask, strict=True))
 
 
 def _needs_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, params: Sequence[Tensor]) -> bool:
@@ -274,14 +316,6 @@ def _traced_transforms() -> bool:
     return isinstance(
         torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter
     )
-
-
-def _batched_by_autograd(*grads: Tensor | None) -> bool:
-    """Whether torch.autograd.grad(is_grads_batched=True) is at work.
-
-    It has a vmap of its own, which knows no batching rule of an operator with lists of tensors.
-    """
-    return any(grad is not None and _is_legacy_batched(grad) for grad in grads)
 
 
 def _distinct(tensors: Sequence[Any]) -> list[Any]:

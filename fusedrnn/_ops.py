@@ -1,8 +1,9 @@
 """The dispatcher operators: loads the compiled extension, and adds what torch wants in Python.
 
-``fusedrnn::layer_forward`` and ``fusedrnn::layer_backward`` work on one layer with all its
-directions; their schemas and kernels live in ``csrc``. Here are their fake kernels (shapes without
-data, for ``torch.compile`` and ``torch.export``) and their batching rules (for ``torch.vmap``).
+``fusedrnn::layer_forward``, ``fusedrnn::layer_backward`` and ``fusedrnn::layer_tangents`` work on
+one layer with all its directions; their schemas and kernels live in ``csrc``. Here are their fake
+kernels (shapes without data, for ``torch.compile`` and ``torch.export``) and their batching rules
+(for ``torch.vmap``).
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ except ImportError as error:
         f"{torch.__version__}: pip install --no-build-isolation ."
     ) from error
 
-__all__ = ["_C", "layer_backward", "layer_forward"]
+__all__ = ["_C", "layer_backward", "layer_forward", "layer_tangents"]
 
 layer_forward = torch.ops.fusedrnn.layer_forward.default
 layer_backward = torch.ops.fusedrnn.layer_backward.default
+layer_tangents = torch.ops.fusedrnn.layer_tangents.default
 
 
 def _check_devices(x: Tensor, *others: Tensor | None) -> None:
@@ -108,6 +110,40 @@ def _layer_backward_fake(
     return dx, dh0, dc0, [gradient(p, m) for p, m in zip(params, output_mask[3:], strict=True)]
 
 
+@torch.library.register_fake("fusedrnn::layer_tangents")
+def _layer_tangents_fake(
+    mode: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    tangents: Sequence[Tensor | None],
+    gradient_tangents: Sequence[Tensor | None],
+    has_biases: bool,
+    bidirectional: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    others = [t for t in (*tangents, *gradient_tangents) if t is not None]
+    _check_devices(x, *others)
+    outputs = _layer_forward_fake(
+        mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, False
+    )[:3]
+    gradients = _layer_backward_fake(
+        mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params, y, gates, cells,
+        has_biases, bidirectional, output_mask,
+    )  # fmt: skip
+    return (*outputs, *gradients)
+
+
 def _select(value: Any, dim: Any, index: int) -> Any:
     """Slice ``index`` of a batched argument; lists of tensors element by element."""
     if isinstance(value, (list, tuple)):
@@ -135,10 +171,21 @@ def _layer_forward_vmap(
     return tuple(torch.stack(output) for output in outputs), (0,) * len(outputs)
 
 
-@torch.library.register_vmap("fusedrnn::layer_backward")
-def _layer_backward_vmap(
-    info: Any, in_dims: tuple[Any, ...], *args: Any
+def _with_gradients_vmap(
+    op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    *states, dparams = _loop(layer_backward, info.batch_size, in_dims, args)
+    """The rule of an operator whose last result is the list of the weights' gradients."""
+    *tensors, dparams = _loop(op, info.batch_size, in_dims, args)
     stacked = [torch.stack(param) for param in zip(*dparams, strict=True)]
-    return (*(torch.stack(s) for s in states), stacked), (0, 0, 0, [0] * len(stacked))
+    out_dims = (*(0 for _ in tensors), [0] * len(stacked))
+    return (*(torch.stack(t) for t in tensors), stacked), out_dims
+
+
+@torch.library.register_vmap("fusedrnn::layer_backward")
+def _layer_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    return _with_gradients_vmap(layer_backward, info, in_dims, args)
+
+
+@torch.library.register_vmap("fusedrnn::layer_tangents")
+def _layer_tangents_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    return _with_gradients_vmap(layer_tangents, info, in_dims, args)

@@ -7,6 +7,7 @@
 
 #include "cpu/team.h"
 #include "recurrence.h"
+#include "tangents.h"
 
 namespace fusedrnn {
 
@@ -16,6 +17,10 @@ struct KernelTable {
   void (*pack[kCells])(const ForwardArgs<S>&, const Slot&);  // forward's packing alone
   void (*forward[kCells])(const ForwardArgs<S>&, const Slot&);
   void (*backward[kCells])(const BackwardArgs<S>&, const Slot&);
+  void (*tangents_forward[kCells])(const TangentStep<S>&);
+  void (*tangents_backward[kCells])(const TangentStepBack<S>&);
+  void (*tangents_pack)(S* packed, const S* w, int64_t rows, int64_t columns, bool transposed);
+  void (*tangents_product)(const TangentProduct<S>&);
   // y = sigmoid(x), y = tanh(x), n values: what the cells apply, for tests.
   void (*sigmoid)(const S* x, S* y, int64_t n);
   void (*tanh)(const S* x, S* y, int64_t n);

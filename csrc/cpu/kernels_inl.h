@@ -4,6 +4,7 @@
 
 #include "cpu/forward_inl.h"
 #include "cpu/gradients_inl.h"
+#include "cpu/tangents_inl.h"
 
 FUSEDRNN_ISA_BEGIN
 
@@ -26,6 +27,12 @@ constexpr KernelTable<S> kernel_table() {
            forward_chunk<Cell::kRnnTanh, S>, forward_chunk<Cell::kRnnRelu, S>},
           {backward_chunk<Cell::kLstm, S>, backward_chunk<Cell::kGru, S>,
            backward_chunk<Cell::kRnnTanh, S>, backward_chunk<Cell::kRnnRelu, S>},
+          {tangents_forward<Cell::kLstm, S>, tangents_forward<Cell::kGru, S>,
+           tangents_forward<Cell::kRnnTanh, S>, tangents_forward<Cell::kRnnRelu, S>},
+          {tangents_backward<Cell::kLstm, S>, tangents_backward<Cell::kGru, S>,
+           tangents_backward<Cell::kRnnTanh, S>, tangents_backward<Cell::kRnnRelu, S>},
+          tangents_pack<S>,
+          tangents_product<S>,
           map<S, sigmoid<Vec<S>>>,
           map<S, tanh<Vec<S>>>};
 }

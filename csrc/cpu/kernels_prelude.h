@@ -17,3 +17,4 @@
 #include "cpu/team.h"
 #include "cpu/walk.h"
 #include "recurrence.h"
+#include "tangents.h"

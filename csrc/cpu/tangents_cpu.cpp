@@ -1,0 +1,195 @@
+// The tangents' op on the CPU.
+#include <ATen/autocast_mode.h>
+#include <omp.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/tangents_direction.h"
+
+namespace fusedrnn {
+namespace {
+
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+// Denormals flushed on all threads of torch's team, which ATen's products use.
+class FlushDenormalsOfTeam {
+ public:
+  FlushDenormalsOfTeam() : flushed_(at::get_num_threads()) {
+    on_each([](std::optional<FlushDenormals>& one) { one.emplace(); });
+  }
+  ~FlushDenormalsOfTeam() {
+    on_each([](std::optional<FlushDenormals>& one) { one.reset(); });
+  }
+
+ private:
+  template <class F>
+  void on_each(F f) {
+    const int threads = static_cast<int>(flushed_.size());
+#pragma omp parallel num_threads(threads)
+    f(flushed_[omp_get_thread_num()]);
+  }
+  std::vector<std::optional<FlushDenormals>> flushed_;
+};
+
+// Tangents as the op is given them: of x, h0, c0, *params; of dy, dh_n, dc_n.
+struct TangentInputs {
+  std::vector<OptionalTensor> of_inputs, of_gradients;
+
+  TangentInputs(const Layer& layer, const BackwardInputs& in, const OptionalTensors& inputs,
+                const OptionalTensors& gradients)
+      : of_inputs(inputs.begin(), inputs.end()), of_gradients(gradients.begin(), gradients.end()) {
+    const LayerInputs& of = in.layer;
+    TORCH_CHECK_VALUE(of_inputs.size() == of.params.size() + 3, "tangents: expected ",
+                      of.params.size() + 3, " values, got ", of_inputs.size());
+    TORCH_CHECK_VALUE(of_gradients.size() == 3, "gradient_tangents: expected 3 values, got ",
+                      of_gradients.size());
+    check("tangents[0] (x)", of_inputs[0], of.x.sizes(), of.x);
+    check("tangents[1] (h0)", of_inputs[1], of.h0 ? of.h0->sizes() : at::IntArrayRef(), of.x);
+    check("tangents[2] (c0)", of_inputs[2], of.c0 ? of.c0->sizes() : at::IntArrayRef(), of.x);
+    for (size_t i = 0; i < of.params.size(); ++i) {
+      check("tangents of params", of_inputs[3 + i], of.params[i].sizes(), of.x);
+    }
+    check("gradient_tangents[0] (dy)", of_gradients[0], layer.y_shape(), of.x);
+    check("gradient_tangents[1] (dh_n)", of_gradients[1], layer.state_shape(layer.sizes.output),
+          of.x);
+    TORCH_CHECK_VALUE(has_cell_state(layer.cell) || !of_gradients[2],
+                      "gradient_tangents[2] (dc_n): only the LSTM has a cell state");
+    check("gradient_tangents[2] (dc_n)", of_gradients[2], layer.state_shape(layer.sizes.hidden),
+          of.x);
+  }
+
+ private:
+  static void check(const char* name, const OptionalTensor& t, at::IntArrayRef shape,
+                    const at::Tensor& x) {
+    if (!t) return;
+    TORCH_CHECK_VALUE(t->sizes() == shape, name, ": expected shape ", shape, ", got ", t->sizes());
+    TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), name, ": expected dtype ",
+                     x.scalar_type(), " like x, got ", t->scalar_type());
+    TORCH_CHECK_VALUE(t->device() == x.device(), name, ": expected device ", x.device(),
+                      " like x, got ", t->device());
+  }
+};
+
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                           std::vector<at::Tensor>>;
+
+template <class S>
+Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& tangents,
+            const c10::List<bool>& mask) {
+  const Walk walk(layer, in.layer);
+  const at::TensorList params = in.layer.params;
+  const int64_t output = layer.sizes.output;
+  const auto each = [](const OptionalTensor& t, auto f) { return t ? f(*t) : at::Tensor(); };
+  const auto packed = [&](const at::Tensor& t) { return walk.packed(t); };
+  const DualTensor x = {packed(in.layer.x), each(tangents.of_inputs[0], packed)};
+
+  std::vector<TangentsOfDirection<S>> directions;
+  directions.reserve(layer.directions);
+  for (int d = 0; d < layer.directions; ++d) {
+    const auto state = [&](const at::Tensor& t) { return walk.sorted(t.select(0, d)); };
+    const auto saved = [&](const at::Tensor& t, int64_t width) {
+      return t.select(1, d).narrow(0, 0, walk.rows()).narrow(1, 0, width);
+    };
+    const auto weight = [&](int i) -> DualTensor {
+      return {layer.param(params, d, i).contiguous(),
+              each(tangents.of_inputs[3 + d * layer.params_per_direction + i],
+                   [](const at::Tensor& t) { return t.contiguous(); })};
+    };
+    DualWeights w = {weight(0), weight(1), {}, {}, {}};
+    if (layer.has_biases) {
+      w.b_ih = weight(2).tangent;
+      w.b_hh = weight(3).tangent;
+    }
+    if (layer.sizes.projected) w.w_hr = weight(layer.w_hr_index());
+    directions.emplace_back(
+        walk, d, w, x, DualTensor{each(in.layer.h0, state), each(tangents.of_inputs[1], state)},
+        DualTensor{each(in.layer.c0, state), each(tangents.of_inputs[2], state)},
+        packed(in.y.narrow(-1, d * output, output)),
+        saved_blocks(layer.cell) > 1 ? saved(in.gates, in.gates.size(2)) : at::Tensor(),
+        has_cell_state(layer.cell) ? saved(in.cells, layer.sizes.hidden) : at::Tensor());
+    directions.back().forward();
+  }
+
+  const auto none = [&] { return at::empty({0}, in.layer.x.options()); };
+  const bool lstm = has_cell_state(layer.cell);
+  // One tensor of all directions.
+  const auto stacked = [&](auto of) {
+    std::vector<at::Tensor> each_one;
+    for (const TangentsOfDirection<S>& direction : directions) each_one.push_back(of(direction));
+    return at::stack(each_one);
+  };
+  std::vector<at::Tensor> ys;
+  for (const TangentsOfDirection<S>& direction : directions) ys.push_back(direction.y_tangent());
+  const at::Tensor y = walk.unpacked(at::cat(ys, 1));
+  const at::Tensor h_n = stacked([](const auto& one) { return one.h_n_tangent(); });
+  const at::Tensor c_n = lstm ? stacked([](const auto& one) { return one.c_n_tangent(); }) : none();
+  std::vector<at::Tensor> dparams;
+  for (size_t i = 0; i < params.size(); ++i) dparams.push_back(none());
+  if (std::none_of(mask.begin(), mask.end(), [](bool wanted) { return wanted; })) {
+    return {y, h_n, c_n, none(), none(), none(), std::move(dparams)};
+  }
+
+  at::Tensor dx = mask[0] ? at::zeros_like(x.value) : none();
+  for (int d = 0; d < layer.directions; ++d) {
+    TangentsOfDirection<S>& direction = directions[d];
+    const auto rows = [&](const at::Tensor& t) { return packed(t.narrow(-1, d * output, output)); };
+    const auto state = [&](const at::Tensor& t) { return walk.sorted(t.select(0, d)); };
+    const std::vector<OptionalTensor>& g = tangents.of_gradients;
+    direction.backward({each(in.dy, rows), each(g[0], rows)},
+                       {each(in.dh_n, state), each(g[1], state)},
+                       {lstm ? each(in.dc_n, state) : at::Tensor(), each(g[2], state)});
+    if (mask[0]) direction.add_dx(dx);
+    const int first = d * layer.params_per_direction;
+    const auto put = [&](int i, auto of) {
+      if (mask[3 + first + i]) dparams[first + i] = of(direction);
+    };
+    put(0, [](const auto& one) { return one.dw_ih(); });
+    put(1, [](const auto& one) { return one.dw_hh(); });
+    if (layer.has_biases) {
+      put(2, [](const auto& one) { return one.db_ih(); });
+      put(3, [](const auto& one) { return one.db_hh(); });
+    }
+    if (layer.sizes.projected) {
+      put(layer.w_hr_index(), [](const auto& one) { return one.dw_hr(); });
+    }
+  }
+  return {y,
+          h_n,
+          c_n,
+          mask[0] ? walk.unpacked(dx) : none(),
+          mask[1] ? stacked([](const auto& one) { return one.dh0(); }) : none(),
+          mask[2] ? stacked([](const auto& one) { return one.dc0(); }) : none(),
+          std::move(dparams)};
+}
+
+Results layer_tangents(const std::string& mode, const OptionalTensor& dy,
+                       const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
+                       const OptionalTensor& lengths, const OptionalTensor& batch_sizes,
+                       const OptionalTensor& reset, const OptionalTensor& h0,
+                       const OptionalTensor& c0, at::TensorList params, const at::Tensor& y,
+                       const at::Tensor& gates, const at::Tensor& cells,
+                       const OptionalTensors& tangents, const OptionalTensors& gradient_tangents,
+                       bool has_biases, bool bidirectional, c10::List<bool> output_mask) {
+  const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
+  const Layer layer(mode, in, has_biases, bidirectional);
+  TORCH_CHECK_VALUE(!layer.one_step, "x: expected shape (T, B, input_size), got ", x.sizes());
+  TORCH_CHECK_TYPE(layer.dtype == layer.accumulate, "x: expected a float32 or float64 tensor, got ",
+                   layer.dtype);
+  const BackwardInputs saved{in, dy, dh_n, dc_n, y, gates, cells};
+  check_backward(layer, saved, output_mask);
+  const TangentInputs given(layer, saved, tangents, gradient_tangents);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const FlushDenormalsOfTeam flush;
+  return layer.dtype == at::kDouble ? run<double>(layer, saved, given, output_mask)
+                                    : run<float>(layer, saved, given, output_mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) { m.impl("layer_tangents", layer_tangents); }
+
+}  // namespace fusedrnn

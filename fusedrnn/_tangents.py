@@ -1,0 +1,215 @@
+"""Tangents of one layer, and its second derivatives, which are tangents of its gradients.
+
+:class:`TangentsFunction` runs the operator ``layer_tangents``: the derivative of a layer's outputs
+along a direction, and that of its gradients, a Hessian-vector product. Hessians are symmetric, so
+the same numbers are what double backward asks for: there the incoming gradients are the direction
+(Pearlmutter 1994). Its own derivative is taken of the same tangents of ``fusedrnn.reference``, to
+any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import Function
+
+from fusedrnn import _ops, reference
+from fusedrnn._autocast import autocast_disabled
+
+__all__ = ["batched_by_autograd", "has_tangents", "layer_tangents", "pull_back"]
+
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+# Arguments before the tensors that are differentiated.
+_FIRST = 10
+
+
+def has_tangents(x: Tensor) -> bool:
+    """Whether the operator is the quick way: not under ``vmap``, which it would follow in a loop,
+    nor under several levels of forward mode, nor on a device without it.
+    """
+    if x.device.type != "cpu":
+        return False
+    keys = [level.key() for level in get_interpreter_stack() or ()]
+    return TransformType.Vmap not in keys and keys.count(TransformType.Jvp) <= 1
+
+
+def layer_tangents(
+    options: tuple[str, bool, bool],
+    mask: list[bool],
+    saved: Sequence[Any],
+    values: Sequence[Any],
+    tangents: Sequence[Tensor | None],
+    of_gradients: Sequence[Tensor | None] = (None, None, None),
+) -> tuple[Tensor, ...]:
+    """Tangents of y, h_n, c_n, then of dx, dh0, dc0 and dparams where ``mask`` wants them.
+
+    Args:
+        options: mode, has_biases, bidirectional.
+        saved: lengths, batch_sizes, reset, and forward's y, gates and cells.
+        values: dy, dh_n, dc_n, x, h0, c0, then the params.
+        tangents: of x, h0, c0 and the params; None stands for zeros.
+        of_gradients: of dy, dh_n, dc_n.
+    """
+    if batched_by_autograd(*tangents, *of_gradients):
+        return _composed(*options, *saved[:3], list(values), list(tangents), list(of_gradients))
+    return TangentsFunction.apply(*options, mask, *saved, *values, *tangents, *of_gradients)
+
+
+def batched_by_autograd(*tensors: Tensor | None) -> bool:
+    """Whether torch.autograd's own vmap is at work, as with ``is_grads_batched=True``.
+
+    It knows no batching rule of an operator with lists of tensors.
+    """
+    return any(tensor is not None and _is_legacy_batched(tensor) for tensor in tensors)
+
+
+class TangentsFunction(Function):
+    """What ``layer_tangents`` returns, in one tuple: y, h_n, c_n, dx, dh0, dc0, *dparams.
+
+    The arguments are those of the operator: options and schedule, what forward has saved, then the
+    ``values`` dy, dh_n, dc_n, x, h0, c0, *params, the tangents of the last 3 + P of them, and those
+    of dy, dh_n, dc_n.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        mode: str,
+        has_biases: bool,
+        bidirectional: bool,
+        mask: list[bool],
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        reset: Tensor | None,
+        y: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        (dy, dh_n, dc_n, x, h0, c0, *params), tangents, of_gradients = _parts(tensors)
+        dtype = x.dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            # Second derivatives of what was rounded at every step would be of little use.
+            dy, dh_n, dc_n, x, h0, c0, *params = _widen([dy, dh_n, dc_n, x, h0, c0, *params])
+            tangents, of_gradients = _widen(tangents), _widen(of_gradients)
+            y, _, _, gates, cells = _ops.layer_forward(
+                mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional,
+                True,
+            )  # fmt: skip
+        *first, dparams = _ops.layer_tangents(
+            mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params, y, gates, cells,
+            tangents, of_gradients, has_biases, bidirectional, mask,
+        )  # fmt: skip
+        return tuple(t.to(dtype) for t in (*first, *dparams))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        mode, has_biases, bidirectional, _, lengths, batch_sizes, reset, *_ = inputs
+        ctx.save_for_backward(lengths, batch_sizes, reset, *inputs[_FIRST:])
+        ctx.options = (mode, has_biases, bidirectional)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        lengths, batch_sizes, reset, *tensors = ctx.saved_tensors
+
+        def composed(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+            return _composed(*ctx.options, lengths, batch_sizes, reset, *_parts(tensors))
+
+        needed = ctx.needs_input_grad[_FIRST:]
+        return (None,) * _FIRST + pull_back(composed, tensors, needed, cotangents)
+
+
+def pull_back(
+    function: Callable[..., tuple[Tensor, ...]],
+    values: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    cotangents: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``function(*values)``, None where not needed; None stands for zeros."""
+    wanted = [want and value is not None for want, value in zip(needed, values, strict=True)]
+    asked = [cotangent is not None for cotangent in cotangents]
+    if not any(asked) or not any(wanted):
+        return (None,) * len(values)
+
+    def part(*primals: Tensor) -> tuple[Tensor, ...]:
+        given = iter(primals)
+        found = function(
+            *(next(given) if want else v for want, v in zip(wanted, values, strict=True))
+        )
+        return tuple(out for out, ask in zip(found, asked, strict=True) if ask)
+
+    _, vjp = torch.func.vjp(part, *(v for v, want in zip(values, wanted, strict=True) if want))
+    gradients = iter(vjp(tuple(g for g in cotangents if g is not None)))
+    return tuple(next(gradients) if want else None for want in wanted)
+
+
+def _parts(tensors: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """The values (6 + P), the tangents of the inputs (3 + P) and of the gradients (3)."""
+    count = (len(tensors) - 12) // 2
+    values, tangents = 6 + count, 9 + 2 * count
+    return list(tensors[:values]), list(tensors[values:tangents]), list(tensors[tangents:])
+
+
+def _composed(
+    mode: str,
+    has_biases: bool,
+    bidirectional: bool,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    values: list[Any],
+    tangents: list[Any],
+    of_gradients: list[Any],
+) -> tuple[Tensor, ...]:
+    """The same results as tangents of the reference, whole."""
+
+    def forward(x: Tensor, h0: Any, c0: Any, *params: Tensor) -> tuple[Tensor, ...]:
+        return reference.layer_forward(
+            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
+        )
+
+    def backward(
+        dy: Any, dh_n: Any, dc_n: Any, x: Tensor, h0: Any, c0: Any, *params: Tensor
+    ) -> tuple[Tensor, ...]:
+        *states, dparams = reference.layer_backward(
+            mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
+            has_biases, bidirectional,
+        )  # fmt: skip
+        return (*states, *dparams)
+
+    with autocast_disabled(values[3]):
+        return (
+            *_tangents_of(forward, values[3:], tangents),
+            *_tangents_of(backward, values, [*of_gradients, *tangents]),
+        )
+
+
+def _tangents_of(
+    function: Callable[..., tuple[Tensor, ...]], values: list[Any], tangents: list[Any]
+) -> tuple[Tensor, ...]:
+    """The derivative of ``function(*values)`` along the tangents; None stands for zeros."""
+    moving = [t is not None for t in tangents]
+
+    def part(*primals: Tensor) -> tuple[Tensor, ...]:
+        given = iter(primals)
+        return function(*(next(given) if m else v for m, v in zip(moving, values, strict=True)))
+
+    primals = tuple(v for v, m in zip(values, moving, strict=True) if m)
+    if not primals:
+        return tuple(torch.zeros_like(out) for out in part())
+    # What vjp gives is linear in the cotangents: its own pull-back pushes tangents forward. Unlike
+    # torch.func.jvp it needs no forward-mode level, of which one may be open.
+    outputs, vjp = torch.func.vjp(part, *primals)
+    _, push = torch.func.vjp(vjp, tuple(torch.zeros_like(out) for out in outputs))
+    return push(tuple(t for t in tangents if t is not None))[0]
+
+
+def _widen(tensors: Sequence[Any]) -> list[Any]:
+    return [None if t is None else t.float() for t in tensors]
