@@ -86,11 +86,14 @@ build/sanitize/%.o: %.cpp $(filter %.h,$(CSRC) $(wildcard tests/kernels/*))
 build/sanitize/kernel_check: $(SANITIZE_OBJECTS)
 	$(CXX) $(SANITIZE_FLAGS) $^ -pthread -o $@
 
+build/sanitize/tangent_check: $(subst kernel_check,tangent_check,$(SANITIZE_OBJECTS))
+	$(CXX) $(SANITIZE_FLAGS) $^ -pthread -o $@
+
 build/sanitize/matrix_check: build/sanitize/tests/kernels/matrix_check.o
 	$(CXX) $(SANITIZE_FLAGS) $^ -o $@
 
-sanitize: build/sanitize/kernel_check build/sanitize/matrix_check  ## the kernels alone under AddressSanitizer and UndefinedBehaviorSanitizer
-	for isa in $(SANITIZE_ISAS); do $< $$isa || exit 1; done
+sanitize: $(addprefix build/sanitize/,kernel_check tangent_check matrix_check)  ## the kernels alone under AddressSanitizer and UndefinedBehaviorSanitizer
+	for isa in $(SANITIZE_ISAS); do $< $$isa && build/sanitize/tangent_check $$isa || exit 1; done
 	build/sanitize/matrix_check || [ $$? -eq 77 ]  # no AVX-512 here
 
 cuda-probe:  ## compile build/cuda/probe, which measures a GPU; needs nvcc, no GPU

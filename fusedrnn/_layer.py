@@ -7,13 +7,14 @@
 * :class:`LayerFunction` for ``torch.func`` and ``torch.compile``, which trace no node of C++;
 * the bare operator in ``torch.compile`` where nothing can ask for a derivative, and in
   ``torch.export``;
-* ``fusedrnn.reference``, plain torch operations, while a forward-mode level is open, and for
-  ``torch.func`` inside ``torch.compile``: the kernels have no tangents, Dynamo traces no Function
-  through a transform, and an operator in their place gives a silent zero.
+* :class:`DualLayerFunction` while a forward-mode level is open;
+* ``fusedrnn.reference``, plain torch operations, for forward mode where ``has_tangents`` says no,
+  and for ``torch.func`` inside ``torch.compile``: Dynamo traces no Function through a transform,
+  and an operator in its place gives a silent zero.
 
 The backward pass is an operator too, which the node in C++ calls itself for everyday gradients; any
-others are :func:`layer_backward`'s. It is differentiable through :class:`BackwardFunction`,
-whose own derivative is taken of the reference's back-propagation, to any order.
+others are :func:`layer_backward`'s. It is differentiable through :class:`BackwardFunction`, by
+the operator of ``fusedrnn._tangents``, or by the reference's back-propagation, to any order.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import Function, forward_ad
 
 from fusedrnn import _ops, reference
 from fusedrnn._autocast import autocast_disabled
 from fusedrnn._ops import _C
-from fusedrnn._tangents import batched_by_autograd, has_tangents, layer_tangents, pull_back
+from fusedrnn._tangents import Mask, batched_by_autograd, has_tangents, layer_tangents, pull_back
 
 __all__ = ["BackwardFunction", "LayerFunction", "layer", "layer_backward"]
 
 _is_compiling = torch.compiler.is_compiling
+_level_of = torch._C._functorch.maybe_get_level
 _transforms_active = torch._C._are_functorch_transforms_active
 
 # Positions in the Functions' arguments: mode, has_biases, bidirectional, x, lengths, batch_sizes,
@@ -67,7 +70,9 @@ def layer(
     if x.dim() != (3 if batch_sizes is None else 2):  # as _C.layer does
         expected = "(T, B, input_size)" if batch_sizes is None else "(N, input_size)"
         raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
-    if (dual and (compiling or not has_tangents(x))) or (transformed and compiling):
+    if (transformed and compiling) or (
+        dual and (compiling or not has_tangents(x, lengths, batch_sizes, params))
+    ):
         with autocast_disabled(x):
             return reference.layer_forward(
                 mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
@@ -119,6 +124,7 @@ class LayerFunction(Function):
         y, _, c_n, gates, cells = output
         ctx.save_for_backward(x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params)
         ctx.options = (mode, has_biases, bidirectional)
+        ctx.differentiated = _differentiated(inputs)
         ctx.set_materialize_grads(False)
         if mode == "LSTM":
             ctx.mark_non_differentiable(gates, cells)
@@ -134,7 +140,7 @@ class LayerFunction(Function):
         _dgates: Tensor | None,
         _dcells: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
+        needed = [n and d for n, d in zip(ctx.needs_input_grad, ctx.differentiated, strict=True)]
         mode = ctx.options[0]
         if mode != "LSTM":
             dc_n = None  # a compiled graph hands in zeros
@@ -187,7 +193,7 @@ def layer_backward(
     x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params = saved
     batched = not compiling and batched_by_autograd(dy, dh_n, dc_n)
     dual = forward_ad._current_level >= 0
-    if batched or (dual and not has_tangents(x)):
+    if batched or (dual and not has_tangents(x, lengths, batch_sizes, params)):
         with autocast_disabled(x):
             *states, dparams = reference.layer_backward(
                 mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
@@ -197,8 +203,8 @@ def layer_backward(
     elif not compiling and (dual or torch.is_grad_enabled() or _transforms_active()):
         function = DualBackwardFunction if dual else BackwardFunction
         gradients = function.apply(
-            mode, has_biases, bidirectional, wanted, lengths, batch_sizes, reset, y, gates, cells,
-            dy, dh_n, dc_n, x, h0, c0, *params,
+            mode, has_biases, bidirectional, Mask(wanted), lengths, batch_sizes, reset, y, gates,
+            cells, dy, dh_n, dc_n, x, h0, c0, *params,
         )  # fmt: skip
     else:
         *states, dparams = _ops.layer_backward(
@@ -212,8 +218,7 @@ def layer_backward(
 class BackwardFunction(Function):
     """The backward pass, differentiable in dy, dh_n, dc_n, x, h0, c0 and params.
 
-    y, gates and cells count as constants: the derivative is taken of the reference's
-    back-propagation, which computes them again from x, so it is already the total one.
+    y, gates and cells count as constants: the derivative is the total one, in x and the others.
     """
 
     generate_vmap_rule = True
@@ -223,7 +228,7 @@ class BackwardFunction(Function):
         mode: str,
         has_biases: bool,
         bidirectional: bool,
-        mask: list[bool],
+        mask: Mask,
         lengths: Tensor | None,
         batch_sizes: Tensor | None,
         reset: Tensor | None,
@@ -240,7 +245,7 @@ class BackwardFunction(Function):
     ) -> tuple[Tensor, ...]:
         dx, dh0, dc0, dparams = _ops.layer_backward(
             mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
-            y, gates, cells, has_biases, bidirectional, mask,
+            y, gates, cells, has_biases, bidirectional, list(mask),
         )  # fmt: skip
         return dx, dh0, dc0, *dparams
 
@@ -250,18 +255,22 @@ class BackwardFunction(Function):
         ctx.save_for_backward(*inputs[4:])
         ctx.options = (mode, has_biases, bidirectional)
         ctx.mask = mask
+        ctx.differentiated = _differentiated(inputs[10:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, values = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        needed = ctx.needs_input_grad[10:]
+        needed = [
+            n and d for n, d in zip(ctx.needs_input_grad[10:], ctx.differentiated, strict=True)
+        ]
         wanted = [n and v is not None for n, v in zip(needed, values, strict=True)]
         along = [g if m else None for g, m in zip(cotangents, ctx.mask, strict=True)]
         if not any(wanted) or all(g is None for g in along):
             return (None,) * (10 + len(values))
         composed = forward_ad._current_level >= 0 or batched_by_autograd(*along)
-        if not composed and has_tangents(values[3]):
+        of_params = any(wanted[6:]) or any(g is not None for g in along[3:])
+        if not composed and has_tangents(values[3], *saved[:2], values[6:], of_params):
             # Hessians are symmetric: along the incoming gradients, these are the gradients.
             found = layer_tangents(ctx.options, wanted[3:], saved, values, along)
             return (None,) * 10 + tuple(
@@ -309,6 +318,18 @@ def _needs_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, params: Sequenc
         or (h0 is not None and h0.requires_grad)
         or (c0 is not None and c0.requires_grad)
     )
+
+
+def _differentiated(inputs: Sequence[Any]) -> list[bool]:
+    """Which of a Function's inputs the ``torch.func`` transform at work differentiates.
+
+    needs_input_grad counts what requires grad outside of it, too: a module's parameters, mostly.
+    """
+    level = None if _is_compiling() else torch._C._functorch.peek_interpreter_stack()
+    if level is None or level.key() != TransformType.Grad:
+        return [True] * len(inputs)
+    here = level.level()
+    return [isinstance(t, Tensor) and _level_of(t) == here for t in inputs]
 
 
 def _traced_transforms() -> bool:

@@ -1,19 +1,19 @@
 """The dispatcher operators: loads the compiled extension, and adds what torch wants in Python.
 
 ``fusedrnn::layer_forward``, ``fusedrnn::layer_backward`` and ``fusedrnn::layer_tangents`` work on
-one layer with all its directions; their schemas and kernels live in ``csrc``. Here are their fake
-kernels (shapes without data, for ``torch.compile`` and ``torch.export``) and their batching rules
-(for ``torch.vmap``).
+one layer with all its directions; their schemas and kernels live in ``csrc``, their batching rules
+in ``_batching.py``. Here are their fake kernels: shapes without data, for ``torch.compile`` and
+``torch.export``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedrnn._batching import register_rules
 from fusedrnn.reference import GATES
 
 try:
@@ -144,48 +144,4 @@ def _layer_tangents_fake(
     return (*outputs, *gradients)
 
 
-def _select(value: Any, dim: Any, index: int) -> Any:
-    """Slice ``index`` of a batched argument; lists of tensors element by element."""
-    if isinstance(value, (list, tuple)):
-        dims = [None] * len(value) if dim is None else dim
-        return [_select(v, d, index) for v, d in zip(value, dims, strict=True)]
-    return value.select(dim, index) if dim is not None else value
-
-
-def _loop(op: Any, batch_size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
-    """Call ``op`` on every slice; the results of all calls, output by output."""
-    if batch_size == 0:
-        raise RuntimeError(f"{op}: vmap over an axis of size 0 is not supported")
-    calls = (
-        op(*(_select(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
-        for i in range(batch_size)
-    )
-    return list(zip(*calls, strict=True))
-
-
-@torch.library.register_vmap("fusedrnn::layer_forward")
-def _layer_forward_vmap(
-    info: Any, in_dims: tuple[Any, ...], *args: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    outputs = _loop(layer_forward, info.batch_size, in_dims, args)
-    return tuple(torch.stack(output) for output in outputs), (0,) * len(outputs)
-
-
-def _with_gradients_vmap(
-    op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The rule of an operator whose last result is the list of the weights' gradients."""
-    *tensors, dparams = _loop(op, info.batch_size, in_dims, args)
-    stacked = [torch.stack(param) for param in zip(*dparams, strict=True)]
-    out_dims = (*(0 for _ in tensors), [0] * len(stacked))
-    return (*(torch.stack(t) for t in tensors), stacked), out_dims
-
-
-@torch.library.register_vmap("fusedrnn::layer_backward")
-def _layer_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    return _with_gradients_vmap(layer_backward, info, in_dims, args)
-
-
-@torch.library.register_vmap("fusedrnn::layer_tangents")
-def _layer_tangents_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    return _with_gradients_vmap(layer_tangents, info, in_dims, args)
+register_rules(layer_forward, layer_backward, layer_tangents)

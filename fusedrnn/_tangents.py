@@ -20,27 +20,65 @@ from torch.autograd import Function
 from fusedrnn import _ops, reference
 from fusedrnn._autocast import autocast_disabled
 
-__all__ = ["batched_by_autograd", "has_tangents", "layer_tangents", "pull_back"]
+__all__ = ["Mask", "batched_by_autograd", "has_tangents", "layer_tangents", "pull_back"]
 
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_level_of = torch._C._functorch.maybe_get_level
+_unwrapped = torch._C._functorch.get_unwrapped
 
 # Arguments before the tensors that are differentiated.
 _FIRST = 10
 
 
-def has_tangents(x: Tensor) -> bool:
-    """Whether the operator is the quick way: not under ``vmap``, which it would follow in a loop,
-    nor under several levels of forward mode, nor on a device without it.
+class Mask(tuple):
+    """Which results are wanted. No plain tuple or list: functorch takes those to pieces, and misses
+    their pieces' tangents then.
+    """
+
+
+def has_tangents(
+    x: Tensor,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    params: Sequence[Tensor],
+    along_params: bool = False,
+) -> bool:
+    """Whether the operator is the quick way.
+
+    It is not on a device without it, nor under several levels of forward mode, nor under ``vmap``
+    where its slices are no rows of one call (``_batching``). ``along_params``: whether gradients or
+    tangents of params take part.
     """
     if x.device.type != "cpu":
         return False
-    keys = [level.key() for level in get_interpreter_stack() or ()]
-    return TransformType.Vmap not in keys and keys.count(TransformType.Jvp) <= 1
+    levels = get_interpreter_stack() or ()
+    keys = [level.key() for level in levels]
+    if keys.count(TransformType.Jvp) > 1:
+        return False
+    if TransformType.Vmap not in keys:
+        return True
+    moving = [v.level() for v in levels if v.key() in (TransformType.Vmap, TransformType.Jvp)]
+    return (
+        lengths is None
+        and batch_sizes is None
+        and not along_params
+        and not any(_wrapped_at(moving, param) for param in params)
+    )
+
+
+def _wrapped_at(levels: Sequence[int], tensor: Tensor) -> bool:
+    """Whether the tensor belongs to one of these levels of ``torch.func``, under others or not."""
+    while _is_wrapped(tensor):
+        if _level_of(tensor) in levels:
+            return True
+        tensor = _unwrapped(tensor)
+    return False
 
 
 def layer_tangents(
     options: tuple[str, bool, bool],
-    mask: list[bool],
+    mask: Sequence[bool],
     saved: Sequence[Any],
     values: Sequence[Any],
     tangents: Sequence[Tensor | None],
@@ -57,7 +95,7 @@ def layer_tangents(
     """
     if batched_by_autograd(*tangents, *of_gradients):
         return _composed(*options, *saved[:3], list(values), list(tangents), list(of_gradients))
-    return TangentsFunction.apply(*options, mask, *saved, *values, *tangents, *of_gradients)
+    return TangentsFunction.apply(*options, Mask(mask), *saved, *values, *tangents, *of_gradients)
 
 
 def batched_by_autograd(*tensors: Tensor | None) -> bool:
@@ -83,7 +121,7 @@ class TangentsFunction(Function):
         mode: str,
         has_biases: bool,
         bidirectional: bool,
-        mask: list[bool],
+        mask: Mask,
         lengths: Tensor | None,
         batch_sizes: Tensor | None,
         reset: Tensor | None,
@@ -104,7 +142,7 @@ class TangentsFunction(Function):
             )  # fmt: skip
         *first, dparams = _ops.layer_tangents(
             mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params, y, gates, cells,
-            tangents, of_gradients, has_biases, bidirectional, mask,
+            tangents, of_gradients, has_biases, bidirectional, list(mask),
         )  # fmt: skip
         return tuple(t.to(dtype) for t in (*first, *dparams))
 

@@ -101,6 +101,25 @@ def test_checkpoint(name: str, reentrant: bool) -> None:
 
 
 @with_modules
+@pytest.mark.parametrize("how", ["save_on_cpu", "checkpoint"])
+def test_second_derivatives_of_what_is_saved_elsewhere(name: str, how: str) -> None:
+    graph = Graph(name, torch.float64)
+
+    def penalty(y: Tensor) -> tuple[Tensor, ...]:
+        (dx,) = torch.autograd.grad(y, graph.x, graph.dy, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), list(graph.module.parameters()))
+
+    expected = penalty(graph.y())
+    if how == "checkpoint":
+        y = checkpoint(lambda x: graph.module(x)[0], graph.x, use_reentrant=False)
+        found = penalty(y)
+    else:
+        with torch.autograd.graph.save_on_cpu():
+            found = penalty(graph.y())
+    assert oracle.same_bits(found, expected)
+
+
+@with_modules
 def test_hooks(name: str) -> None:
     """A hook on a tensor in the middle, on a leaf, and on a module may change what flows."""
     graph = Graph(name)

@@ -1,7 +1,8 @@
-"""The kernels without torch: tests/kernels/kernel_check.cpp, linked with the objects of the build.
+"""The kernels without torch: programs of tests/kernels, linked with the objects of the build.
 
-It drives the kernels through csrc/recurrence.h alone, with teams split by rows, by hidden units and
-both, chunks of two steps, ragged rows and resets. tests/kernels/matrix_check.cpp does the products
+kernel_check.cpp drives the kernels through csrc/recurrence.h alone, with teams split by rows, by
+hidden units and both, chunks of two steps, ragged rows and resets; tangent_check.cpp does those of
+the tangents, through csrc/tangents.h. tests/kernels/matrix_check.cpp does the products
 of a matrix unit with an emulated one. `make sanitize` runs the same under AddressSanitizer and
 UndefinedBehaviorSanitizer.
 """
@@ -23,17 +24,26 @@ COMPILE = [CXX, "-O1", "-std=c++20", "-Wno-psabi", f"-I{ROOT / 'csrc'}", f"-I{RO
 NO_AVX512 = 77  # matrix_check's exit status
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def linked(name: str, folder: Path) -> Path:
+    """tests/kernels/NAME.cpp as a program, with the kernels of the build."""
     if CXX is None or not OBJECTS:
         pytest.skip("needs g++ and the objects that `make build` leaves under build/")
     newest = max(OBJECTS, key=lambda folder: (folder / "plan.o").stat().st_mtime)
     objects = [newest / "isa.o", newest / "plan.o", *newest.glob("kernels_*.o")]
-    target = tmp_path_factory.mktemp("kernels") / "kernel_check"
-    source = ROOT / "tests" / "kernels" / "kernel_check.cpp"
-    command = [*COMPILE, source, *objects, "-pthread", "-o", target]
+    source = ROOT / "tests" / "kernels" / f"{name}.cpp"
+    command = [*COMPILE, source, *objects, "-pthread", "-o", folder / name]
     subprocess.run(command, check=True, timeout=300)
-    return target
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return linked("kernel_check", tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="module")
+def of_tangents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return linked("tangent_check", tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.mark.parametrize("isa", fusedrnn.cpu_isas())
@@ -43,6 +53,13 @@ def test_kernels_alone(program: Path, isa: str) -> None:
     # A set with narrow kernels of its own alone runs just these.
     cases = 964 if isa.startswith("avx512_") else 4332 + 964
     assert f"{cases} cases, 0 failures" in run.stdout
+
+
+@pytest.mark.parametrize("isa", fusedrnn.cpu_isas())
+def test_tangents_alone(of_tangents: Path, isa: str) -> None:
+    run = subprocess.run([of_tangents, isa], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "896 cases, 0 failures" in run.stdout
 
 
 @pytest.mark.skipif(CXX is None, reason="needs g++")

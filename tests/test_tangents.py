@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck
-from torch.func import functional_call, grad, jacfwd, jvp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp
 
 import fusedrnn
 import oracle
@@ -387,13 +387,73 @@ class TestByTheOperator:
 
 
 @pytest.mark.parametrize("mode", oracle.MODES)
-def test_a_batch_of_tangents_is_composed(mode: str, no_operator: None) -> None:
-    """The operator's rule under vmap is a loop, the composition's one pass for all."""
-    net, x = module(mode), torch.randn(T, 1, INPUT).double()
-    jacobian = jacfwd(lambda x: net(x)[0])(x)
-    assert jacobian.shape == (T, 1, HIDDEN, T, 1, INPUT)
-    hessians = vmap(jacfwd(grad(lambda x: net(x)[0].square().sum())))(x.expand(3, T, 1, INPUT))
-    torch.testing.assert_close(hessians[0], hessians[2])
+class TestBatches:
+    """Many tangents at once: rows of one call, or the composition, never a loop of calls."""
+
+    def test_of_inputs(self, mode: str, no_reference: None, monkeypatch: Any) -> None:
+        calls = counted(monkeypatch)
+        net, x = module(mode), torch.randn(T, 2, INPUT).double()
+        along_each = jacfwd(lambda x: net(x)[0])(x)
+        assert calls == {"layer_forward": 2, "layer_tangents": 2}
+        torch.testing.assert_close(along_each, jacrev(lambda x: net(x)[0])(x))
+
+    def test_of_gradients(self, mode: str, no_reference: None) -> None:
+        net, x = module(mode), torch.randn(T, 2, INPUT).double()
+        hessians = [
+            outer(inner(lambda x: net(x)[0].square().sum()))(x)
+            for outer, inner in itertools.product((jacfwd, jacrev), (jacrev, grad))
+        ]
+        for other in hessians[1:]:
+            torch.testing.assert_close(other, hessians[0])
+        assert mode == "RNN_RELU" or hessians[0].abs().max() > 1e-6
+
+    def test_no_gradients_of_the_parameters(self, mode: str, monkeypatch: Any) -> None:
+        """They require grad, but not of the transform; backward for N outputs is one call."""
+        masks = []
+
+        def run(*args: Any) -> Any:
+            masks.append(list(args[-1]))
+            return torch.ops.fusedrnn.layer_backward.default(*args)
+
+        monkeypatch.setattr(_ops, "layer_backward", run)
+        net, x = module(mode), torch.randn(T, 2, INPUT).double()
+        jacrev(lambda x: net(x)[0])(x)
+        assert [mask[3:] for mask in masks] == [[False] * 4] * 2
+        masks.clear()
+        params = {n: p.detach() for n, p in net.named_parameters()}
+        grad(lambda p: functional_call(net, p, (x,))[0].square().sum())(params)
+        assert [mask[3:] for mask in masks] == [[True] * 4] * 2
+
+    def test_of_weights(self, mode: str, no_operator: None) -> None:
+        net, x = module(mode), torch.randn(T, 1, INPUT).double()
+        params = {n: p.detach() for n, p in net.named_parameters()}
+        name = "bias_hh_l1"
+
+        def loss(bias: Tensor) -> Tensor:
+            return functional_call(net, params | {name: bias}, (x,))[0].square().sum()
+
+        hessian = jacfwd(grad(loss))(params[name])
+        torch.testing.assert_close(hessian, hessian.T)
+
+    def test_of_ragged_rows(self, mode: str, no_operator: None) -> None:
+        net, x = module(mode), torch.randn(T, 2, INPUT).double()
+        lengths = torch.tensor([2, T])
+        jacobian = jacfwd(lambda x: net(x, lengths=lengths)[0])(x)
+        torch.testing.assert_close(jacobian, jacrev(lambda x: net(x, lengths=lengths)[0])(x))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each operator runs from here on, under a name without its namespace."""
+    calls: dict[str, int] = {}
+    for name in ("layer_forward", "layer_backward", "layer_tangents"):
+        op = getattr(torch.ops.fusedrnn, name).default
+
+        def run(*args: Any, name: str = name, op: Any = op) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return op(*args)
+
+        monkeypatch.setattr(_ops, name, run)
+    return calls
 
 
 @pytest.mark.parametrize("mode", oracle.MODES)

@@ -15,10 +15,10 @@ namespace {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-// Denormals flushed on all threads of torch's team, which ATen's products use.
+// Denormals flushed on this thread, or on all of torch's team, which ATen's products use.
 class FlushDenormalsOfTeam {
  public:
-  FlushDenormalsOfTeam() : flushed_(at::get_num_threads()) {
+  explicit FlushDenormalsOfTeam(int threads) : flushed_(threads) {
     on_each([](std::optional<FlushDenormals>& one) { one.emplace(); });
   }
   ~FlushDenormalsOfTeam() {
@@ -29,6 +29,7 @@ class FlushDenormalsOfTeam {
   template <class F>
   void on_each(F f) {
     const int threads = static_cast<int>(flushed_.size());
+    if (threads == 1) return f(flushed_[0]);
 #pragma omp parallel num_threads(threads)
     f(flushed_[omp_get_thread_num()]);
   }
@@ -183,7 +184,9 @@ Results layer_tangents(const std::string& mode, const OptionalTensor& dy,
   check_backward(layer, saved, output_mask);
   const TangentInputs given(layer, saved, tangents, gradient_tangents);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const FlushDenormalsOfTeam flush;
+  const int64_t products = layer.rows * gate_blocks(layer.cell) * layer.sizes.hidden *
+                           (layer.sizes.input + layer.sizes.output);
+  const FlushDenormalsOfTeam flush(products < kProductsOfAThread ? 1 : at::get_num_threads());
   return layer.dtype == at::kDouble ? run<double>(layer, saved, given, output_mask)
                                     : run<float>(layer, saved, given, output_mask);
 }
