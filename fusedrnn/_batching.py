@@ -15,8 +15,9 @@ from torch import Tensor
 
 __all__ = ["register_rules"]
 
-# Values of a call's gates: as many slices join it as fit, so that memory stays bounded.
-_MOST_VALUES = 1 << 24
+# Values of a call's gates and inputs: as many slices join it as fit, so that memory stays bounded
+# and what is written is still in a cache when it is read.
+_MOST_VALUES = 1 << 21
 
 # Where the batch is: the second axis, as in x (T, B, I) and h0 (D, B, P); the first, as in lengths;
 # within the first, as in saved gates (T * B, ...). Arguments without one are the same for all.

@@ -88,6 +88,8 @@ Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& t
   const auto packed = [&](const at::Tensor& t) { return walk.packed(t); };
   const DualTensor x = {packed(in.layer.x), each(tangents.of_inputs[0], packed)};
 
+  const bool goes_back = std::any_of(mask.begin(), mask.end(), [](bool wanted) { return wanted; });
+
   std::vector<TangentsOfDirection<S>> directions;
   directions.reserve(layer.directions);
   for (int d = 0; d < layer.directions; ++d) {
@@ -111,7 +113,7 @@ Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& t
         DualTensor{each(in.layer.c0, state), each(tangents.of_inputs[2], state)},
         packed(in.y.narrow(-1, d * output, output)),
         saved_blocks(layer.cell) > 1 ? saved(in.gates, in.gates.size(2)) : at::Tensor(),
-        has_cell_state(layer.cell) ? saved(in.cells, layer.sizes.hidden) : at::Tensor());
+        has_cell_state(layer.cell) ? saved(in.cells, layer.sizes.hidden) : at::Tensor(), goes_back);
     directions.back().forward();
   }
 
@@ -130,7 +132,7 @@ Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& t
   const at::Tensor c_n = lstm ? stacked([](const auto& one) { return one.c_n_tangent(); }) : none();
   std::vector<at::Tensor> dparams;
   for (size_t i = 0; i < params.size(); ++i) dparams.push_back(none());
-  if (std::none_of(mask.begin(), mask.end(), [](bool wanted) { return wanted; })) {
+  if (!goes_back) {
     return {y, h_n, c_n, none(), none(), none(), std::move(dparams)};
   }
 

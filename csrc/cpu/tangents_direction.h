@@ -25,13 +25,14 @@ struct DualWeights {
 // So many units of a step are worth a second thread.
 inline constexpr int64_t kUnitsOfAThread = 2048;
 
-// forward() first, then what it has found; backward(), then the tangents of the gradients.
+// forward() first, then what it has found; backward(), if it `goes_back`, then the tangents of the
+// gradients.
 template <class S>
 class TangentsOfDirection {
  public:
   TangentsOfDirection(const Walk& walk, int index, const DualWeights& weights, const DualTensor& x,
                       const DualTensor& h0, const DualTensor& c0, const at::Tensor& y,
-                      const at::Tensor& gates, const at::Tensor& cells)
+                      const at::Tensor& gates, const at::Tensor& cells, bool goes_back)
       : walk_(walk),
         layer_(walk.layer),
         schedule_(walk.schedule),
@@ -46,8 +47,9 @@ class TangentsOfDirection {
         c0_(c0),
         y_(y),
         gates_(gates),
-        cells_(cells),
-        h_prev_(previous(y, h0.value)) {
+        cells_(cells) {
+    const bool reads_h = layer_.cell == Cell::kGru || w_.w_hh.tangent.defined() || goes_back;
+    if (reads_h) h_prev_ = previous(y, h0.value);
     if (has_cell_state(layer_.cell)) c_prev_ = previous(cells, c0.value);
   }
 
@@ -349,7 +351,7 @@ class TangentsOfDirection {
   const DualWeights w_;
   const DualTensor x_, h0_, c0_;           // packed, sorted
   const at::Tensor y_, gates_, cells_;     // packed
-  const at::Tensor h_prev_;                // (N, P)
+  at::Tensor h_prev_;                      // (N, P), where it is read
   at::Tensor c_prev_;                      // (N, H), LSTM
   at::Tensor sums_;                        // (N, saved_blocks * H): tangents of pre-activations
   at::Tensor h_prev_tangent_, h_tangent_;  // (N, P)
