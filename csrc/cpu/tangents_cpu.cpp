@@ -127,7 +127,7 @@ Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& t
   };
   std::vector<at::Tensor> ys;
   for (const TangentsOfDirection<S>& direction : directions) ys.push_back(direction.y_tangent());
-  const at::Tensor y = walk.unpacked(at::cat(ys, 1));
+  const at::Tensor y = walk.unpacked(ys.size() == 1 ? ys[0] : at::cat(ys, 1));
   const at::Tensor h_n = stacked([](const auto& one) { return one.h_n_tangent(); });
   const at::Tensor c_n = lstm ? stacked([](const auto& one) { return one.c_n_tangent(); }) : none();
   std::vector<at::Tensor> dparams;
@@ -136,7 +136,7 @@ Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& t
     return {y, h_n, c_n, none(), none(), none(), std::move(dparams)};
   }
 
-  at::Tensor dx = mask[0] ? at::zeros_like(x.value) : none();
+  at::Tensor dx = mask[0] ? zero_tensor(x.value.sizes(), x.value.options()) : none();
   for (int d = 0; d < layer.directions; ++d) {
     TangentsOfDirection<S>& direction = directions[d];
     const auto rows = [&](const at::Tensor& t) { return packed(t.narrow(-1, d * output, output)); };

@@ -193,8 +193,8 @@ class TangentsOfDirection {
   at::Tensor hidden_side(const at::Tensor& sums) const { return sums.narrow(1, 0, gates_width_); }
 
   int cell() const { return static_cast<int>(layer_.cell); }
-  at::Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, y_.options()); }
-  at::Tensor zeros(at::IntArrayRef shape) const { return at::zeros(shape, y_.options()); }
+  at::Tensor empty(at::IntArrayRef shape) const { return empty_tensor(shape, y_.options()); }
+  at::Tensor zeros(at::IntArrayRef shape) const { return zero_tensor(shape, y_.options()); }
 
   // What does not wait for another step.
   void add_known_sums() {

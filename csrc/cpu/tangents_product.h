@@ -26,7 +26,7 @@ class StepProduct {
         columns_(w.size(transposed ? 0 : 1)),
         width_(kTangentVectors * current_isa().vector_bytes / int64_t{sizeof(S)}),
         panels_((columns_ + width_ - 1) / width_),
-        packed_(at::empty({panels_ * width_ * k_}, w.options())) {
+        packed_(empty_tensor({panels_ * width_ * k_}, w.options())) {
     current_isa().table<S>().tangents_pack(data_of<S>(packed_), read<S>(w), w.size(0), w.size(1),
                                            transposed);
   }

@@ -39,7 +39,7 @@ class Walk {
   at::Tensor unpacked(const at::Tensor& t) const {
     at::Tensor flat = t;
     if (io_row_.defined()) {
-      flat = at::zeros({layer.rows, t.size(1)}, t.options()).index_copy_(0, io_row_, t);
+      flat = zero_tensor({layer.rows, t.size(1)}, t.options()).index_copy_(0, io_row_, t);
     }
     if (layer.packed) return flat;
     return flat.reshape({layer.steps, layer.batch, t.size(1)});
