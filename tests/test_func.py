@@ -167,6 +167,38 @@ class TestTransforms:
         close(per_sample(w, xs), torch.stack(expected))
 
 
+# A function's value at x, or along v, that outer autograd differentiates in the parameters.
+OUTER: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]] = {
+    "grad": lambda f, x, v: grad(lambda x: f(x).pow(2).sum())(x),
+    "grad of each sample": lambda f, x, v: vmap(grad(lambda x: f(x).pow(2).sum()))(
+        torch.stack([x, v])
+    ),
+    "jacrev": lambda f, x, v: jacrev(f)(x),
+    "jacfwd": lambda f, x, v: jacfwd(f)(x),
+    "hessian": lambda f, x, v: hessian(lambda x: f(x).pow(2).sum())(x),
+    "jvp": lambda f, x, v: jvp(f, (x,), (v,))[1],
+    "forward over reverse": lambda f, x, v: jvp(grad(lambda x: f(x).pow(2).sum()), (x,), (v,))[1],
+}
+
+
+@pytest.mark.parametrize("mode", oracle.MODES)
+@pytest.mark.parametrize("form", ["dense", "lengths"])
+@pytest.mark.parametrize("what", OUTER)
+def test_parameters_of_the_module_outside_of_the_transform(mode: str, form: str, what: str) -> None:
+    """The transform is of the input alone; its result still depends on what requires grad."""
+    net = build(mode, num_layers=2)
+    params = dict(net.named_parameters())
+    x, v = torch.randn(2, T, B, INPUT).double()
+    # Slopes of a ReLU do not depend on biases.
+    leaves = [p for n, p in params.items() if mode != "RNN_RELU" or n.startswith("weight")]
+
+    def gradients(f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(OUTER[what](f, x, v).pow(2).sum(), leaves)
+
+    found = gradients(lambda x: flatten(net(x, **extras(form))))
+    close(found, gradients(lambda x: reference_outputs(net, params, x, form)))
+
+
 @pytest.mark.parametrize("mode", oracle.MODES)
 def test_hessian(mode: str) -> None:
     ours, composed, x, w = problem(mode, "lengths")
