@@ -386,6 +386,23 @@ class TestByTheOperator:
             torch.testing.assert_close(found[name], expected)
 
 
+@pytest.mark.parametrize("cell", oracle.CELLS)
+def test_double_backward_of_a_cell(cell: str, no_reference: None) -> None:
+    theirs = getattr(torch.nn, f"{cell}Cell")(INPUT, HIDDEN, dtype=torch.float64)
+    x = torch.randn(B, INPUT).double().requires_grad_()
+    h = torch.randn(B, HIDDEN).double().requires_grad_()
+
+    def second(net: torch.nn.Module) -> tuple[Tensor, ...]:
+        state = net(x, (h, 2 * h) if cell == "LSTM" else h)
+        value = sum(t.square().sum() for t in oracle.tensors(state))
+        first = torch.autograd.grad(value, (x, h), create_graph=True)
+        penalty = sum(g.square().sum() for g in first)
+        return torch.autograd.grad(penalty, [x, h, *net.parameters()])
+
+    for mine, right in zip(second(oracle.twin(theirs)), second(theirs), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
 @pytest.mark.parametrize("mode", oracle.MODES)
 class TestBatches:
     """Many tangents at once: rows of one call, or the composition, never a loop of calls."""
