@@ -80,12 +80,43 @@ py::object plain_layer_of(const std::string& mode, py::handle input, py::handle 
   return py::make_tuple(std::move(output), py::make_tuple(std::move(h_n), std::move(c_n)));
 }
 
-py::object cell_step_of(const std::string& mode, py::handle input, py::handle hidden,
-                        py::handle cell, const py::list& params, bool has_biases) {
+// A cell's plain parameters, from its dictionaries: a third of the time that it takes in Python.
+// False where one is not there: it is computed, or None.
+bool read_cell(py::handle cell, std::vector<at::Tensor>& params, bool& has_biases) {
+  static PyObject* const kBias = PyUnicode_InternFromString("bias");
+  static PyObject* const kParameters = PyUnicode_InternFromString("_parameters");
+  static PyObject* const kNames[] = {
+      PyUnicode_InternFromString("weight_ih"), PyUnicode_InternFromString("weight_hh"),
+      PyUnicode_InternFromString("bias_ih"), PyUnicode_InternFromString("bias_hh")};
+  const auto get = [](PyObject* dictionary, PyObject* name) {
+    PyObject* const found = PyDict_GetItemWithError(dictionary, name);  // borrowed
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return found;
+  };
+  const auto own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(cell.ptr(), nullptr));
+  if (!own) throw py::error_already_set();
+  PyObject* const bias = get(own.ptr(), kBias);
+  PyObject* const parameters = get(own.ptr(), kParameters);
+  if (bias == nullptr || parameters == nullptr || !PyDict_Check(parameters)) return false;
+  const int truth = PyObject_IsTrue(bias);
+  if (truth < 0) throw py::error_already_set();
+  has_biases = truth != 0;
+  params.resize(has_biases ? 4 : 2);
+  for (size_t i = 0; i < params.size(); ++i) {
+    PyObject* const one = get(parameters, kNames[i]);
+    if (one == nullptr || !read(one, params[i])) return false;
+  }
+  return true;
+}
+
+py::object cell_step_of(py::handle module, const std::string& mode, py::handle input,
+                        py::handle hidden, py::handle cell) {
   at::Tensor x;
   OptionalTensor h, c;
   std::vector<at::Tensor> weights;
-  if (!read(input, x) || !read(hidden, h) || !read(cell, c) || !read(params, weights)) {
+  bool has_biases = false;
+  if (!read(input, x) || !read(hidden, h) || !read(cell, c) ||
+      !read_cell(module, weights, has_biases)) {
     return py::none();
   }
   auto found =

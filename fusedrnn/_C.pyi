@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 _Array = TypeVar("_Array", Tensor, np.ndarray)
 
@@ -59,18 +60,11 @@ def plain_layer(
     transform or a forward-mode level is on. ``params`` is trusted to fit together. For eager calls.
     """
 
-def cell_step(
-    mode: str,
-    x: Any,
-    h: Any,
-    c: Any,
-    params: list[Tensor | None],
-    has_biases: bool,
-) -> tuple[Tensor, Tensor] | None:
+def cell_step(cell: Module, mode: str, x: Any, h: Any, c: Any) -> tuple[Tensor, Tensor] | None:
     """One step of a cell, x (B, I), h and c (B, H), to (h', c'), recorded for autograd.
 
-    None where an argument does not fit, or autocast, a ``torch.func`` transform or a forward-mode
-    level is on. For eager calls.
+    None where an argument does not fit, the cell's parameters are no plain ones, or autocast, a
+    ``torch.func`` transform or a forward-mode level is on. For eager calls.
     """
 
 class Stream:

@@ -96,12 +96,9 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     """One step as a sequence of length 1; c' has a meaning for LSTM only."""
     if not _is_compiling():
-        # Plain parameters are read from their dictionary, which is quicker than by attribute. One
-        # that is missing there (it is computed, or None) makes C++ leave the call to what follows.
-        has_biases = bool(cell.bias)
-        names = _PARAMETER_NAMES if has_biases else _PARAMETER_NAMES[:2]
-        own = [*map(cell._parameters.get, names)]
-        found = _C.cell_step(mode, input, h, c, own, has_biases)
+        # Plain parameters are read from the cell's dictionary. One that is missing there (it is
+        # computed, or None) makes C++ leave the call to what follows.
+        found = _C.cell_step(cell, mode, input, h, c)
         if found is not None:
             return found
     params: Sequence[Tensor] = [getattr(cell, key) for key in _PARAMETER_NAMES]
