@@ -1,11 +1,11 @@
 // The equations of every cell, forward and backward, once.
 //
 // V is float or double (CUDA, tests), a vector of them (CPU), or a dual number of either (dual.h),
-// which gives the equations' own derivatives. W x and W h products, biases and
-// the time loop live elsewhere; here stands only what happens to one hidden unit at one step.
-// Gate order in memory is torch.nn's: LSTM i, f, g, o; GRU r, z, n. A forward step comes in two
-// halves, the gates and what needs an activated gate first: a caller with several rows runs each
-// half over all of them, so that independent work fills the wait for an activation's long chain.
+// which gives the equations' own derivatives. W x and W h products, biases and the time loop live
+// elsewhere; here stands only what happens to one hidden unit at one step. Gate order in memory is
+// torch.nn's: LSTM i, f, g, o; GRU r, z, n. A forward step comes in two halves, the gates and what
+// needs an activated gate first: a caller with several rows runs each half over all of them, so
+// that independent work fills the wait for an activation's long chain.
 #pragma once
 
 #include "activations.h"
