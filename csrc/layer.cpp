@@ -14,8 +14,6 @@ Cell cell_of(const std::string& mode) {
                     "'");
 }
 
-namespace {
-
 void check_like(const char* name, const at::Tensor& t, at::IntArrayRef shape, const at::Tensor& x) {
   TORCH_CHECK_VALUE(t.sizes() == shape, name, ": expected shape ", shape, ", got ", t.sizes());
   TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), name, ": expected dtype ", x.scalar_type(),
@@ -23,8 +21,6 @@ void check_like(const char* name, const at::Tensor& t, at::IntArrayRef shape, co
   TORCH_CHECK_VALUE(t.device() == x.device(), name, ": expected device ", x.device(),
                     " like x, got ", t.device());
 }
-
-}  // namespace
 
 Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bool bidirectional)
     : cell(cell_of(mode)),

@@ -42,6 +42,10 @@ using LayerBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector
     const OptionalTensor& c0, at::TensorList params, const at::Tensor& y, const at::Tensor& gates,
     const at::Tensor& cells, bool has_biases, bool bidirectional, c10::List<bool> output_mask);
 
+// Checks the shape, and the dtype and device against x's; throws c10::ValueError or c10::TypeError
+// that name the argument.
+void check_like(const char* name, const at::Tensor& t, at::IntArrayRef shape, const at::Tensor& x);
+
 // Sizes and kinds of a call.
 struct Layer {
   Cell cell;

@@ -30,7 +30,14 @@ from torch.autograd import Function, forward_ad
 from fusedrnn import _ops, reference
 from fusedrnn._autocast import autocast_disabled
 from fusedrnn._ops import _C
-from fusedrnn._tangents import Mask, batched_by_autograd, has_tangents, layer_tangents, pull_back
+from fusedrnn._tangents import (
+    Mask,
+    batched_by_autograd,
+    has_tangents,
+    layer_tangents,
+    pull_back,
+    reference_gradients,
+)
 
 __all__ = ["BackwardFunction", "LayerFunction", "layer", "layer_backward"]
 
@@ -194,12 +201,10 @@ def layer_backward(
     batched = not compiling and batched_by_autograd(dy, dh_n, dc_n)
     dual = forward_ad._current_level >= 0
     if batched or (dual and not has_tangents(x, lengths, batch_sizes, params)):
-        with autocast_disabled(x):
-            *states, dparams = reference.layer_backward(
-                mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
-                has_biases, bidirectional,
-            )  # fmt: skip
-        gradients = [*states, *dparams]
+        gradients = reference_gradients(
+            (mode, has_biases, bidirectional), (lengths, batch_sizes, reset), dy, dh_n, dc_n,
+            x, h0, c0, *params,
+        )  # fmt: skip
     elif not compiling and (dual or torch.is_grad_enabled() or _transforms_active()):
         function = DualBackwardFunction if dual else BackwardFunction
         gradients = function.apply(
@@ -277,17 +282,8 @@ class BackwardFunction(Function):
                 t if want else None for t, want in zip(found, wanted, strict=True)
             )
 
-        def first_order(
-            dy: Any, dh_n: Any, dc_n: Any, x: Tensor, h0: Any, c0: Any, *params: Tensor
-        ) -> tuple[Tensor, ...]:
-            mode, has_biases, bidirectional = ctx.options
-            lengths, batch_sizes, reset = saved[:3]
-            with autocast_disabled(x):
-                *states, dparams = reference.layer_backward(
-                    mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
-                    has_biases, bidirectional,
-                )  # fmt: skip
-            return (*states, *dparams)
+        def first_order(*values: Any) -> tuple[Tensor, ...]:
+            return reference_gradients(ctx.options, saved[:3], *values)
 
         return (None,) * 10 + pull_back(first_order, values, needed, along)
 

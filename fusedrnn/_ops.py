@@ -9,6 +9,7 @@ in ``_batching.py``. Here are their fake kernels: shapes without data, for ``tor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,35 +113,13 @@ def _layer_backward_fake(
 
 @torch.library.register_fake("fusedrnn::layer_tangents")
 def _layer_tangents_fake(
-    mode: str,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    params: Sequence[Tensor],
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    tangents: Sequence[Tensor | None],
-    gradient_tangents: Sequence[Tensor | None],
-    has_biases: bool,
-    bidirectional: bool,
-    output_mask: Sequence[bool],
+    *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    others = [t for t in (*tangents, *gradient_tangents) if t is not None]
-    _check_devices(x, *others)
-    outputs = _layer_forward_fake(
-        mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, False
-    )[:3]
-    gradients = _layer_backward_fake(
-        mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params, y, gates, cells,
-        has_biases, bidirectional, output_mask,
-    )  # fmt: skip
+    *of_backward, tangents, gradient_tangents, has_biases, bidirectional, output_mask = args
+    mode, _, _, _, x, *inputs = of_backward[:11]
+    _check_devices(x, *(t for t in (*tangents, *gradient_tangents) if t is not None))
+    outputs = _layer_forward_fake(mode, x, *inputs, has_biases, bidirectional, False)[:3]
+    gradients = _layer_backward_fake(*of_backward, has_biases, bidirectional, output_mask)
     return (*outputs, *gradients)
 
 

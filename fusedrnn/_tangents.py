@@ -20,7 +20,14 @@ from torch.autograd import Function
 from fusedrnn import _ops, reference
 from fusedrnn._autocast import autocast_disabled
 
-__all__ = ["Mask", "batched_by_autograd", "has_tangents", "layer_tangents", "pull_back"]
+__all__ = [
+    "Mask",
+    "batched_by_autograd",
+    "has_tangents",
+    "layer_tangents",
+    "pull_back",
+    "reference_gradients",
+]
 
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -94,7 +101,7 @@ def layer_tangents(
         of_gradients: of dy, dh_n, dc_n.
     """
     if batched_by_autograd(*tangents, *of_gradients):
-        return _composed(*options, *saved[:3], list(values), list(tangents), list(of_gradients))
+        return _composed(options, saved[:3], list(values), list(tangents), list(of_gradients))
     return TangentsFunction.apply(*options, Mask(mask), *saved, *values, *tangents, *of_gradients)
 
 
@@ -122,15 +129,10 @@ class TangentsFunction(Function):
         has_biases: bool,
         bidirectional: bool,
         mask: Mask,
-        lengths: Tensor | None,
-        batch_sizes: Tensor | None,
-        reset: Tensor | None,
-        y: Tensor,
-        gates: Tensor,
-        cells: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        (dy, dh_n, dc_n, x, h0, c0, *params), tangents, of_gradients = _parts(tensors)
+        lengths, batch_sizes, reset, y, gates, cells = tensors[:6]
+        (dy, dh_n, dc_n, x, h0, c0, *params), tangents, of_gradients = _parts(tensors[6:])
         dtype = x.dtype
         if dtype in (torch.bfloat16, torch.float16):
             # Second derivatives of what was rounded at every step would be of little use.
@@ -148,20 +150,38 @@ class TangentsFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        mode, has_biases, bidirectional, _, lengths, batch_sizes, reset, *_ = inputs
-        ctx.save_for_backward(lengths, batch_sizes, reset, *inputs[_FIRST:])
-        ctx.options = (mode, has_biases, bidirectional)
+        ctx.options = inputs[:3]
+        ctx.save_for_backward(*inputs[4:7], *inputs[_FIRST:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        lengths, batch_sizes, reset, *tensors = ctx.saved_tensors
+        schedule, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
 
         def composed(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-            return _composed(*ctx.options, lengths, batch_sizes, reset, *_parts(tensors))
+            return _composed(ctx.options, schedule, *_parts(tensors))
 
         needed = ctx.needs_input_grad[_FIRST:]
         return (None,) * _FIRST + pull_back(composed, tensors, needed, cotangents)
+
+
+def reference_gradients(
+    options: tuple[str, bool, bool],
+    schedule: Sequence[Tensor | None],
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    *inputs: Any,
+) -> tuple[Tensor, ...]:
+    """dx, dh0, dc0, *dparams by the reference; ``schedule``: lengths, batch_sizes, reset."""
+    mode, has_biases, bidirectional = options
+    h0, c0, *params = inputs
+    with autocast_disabled(x):
+        *states, dparams = reference.layer_backward(
+            mode, dy, dh_n, dc_n, x, *schedule, h0, c0, params, has_biases, bidirectional
+        )
+    return (*states, *dparams)
 
 
 def pull_back(
@@ -196,31 +216,23 @@ def _parts(tensors: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def _composed(
-    mode: str,
-    has_biases: bool,
-    bidirectional: bool,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
+    options: tuple[str, bool, bool],
+    schedule: Sequence[Tensor | None],
     values: list[Any],
     tangents: list[Any],
     of_gradients: list[Any],
 ) -> tuple[Tensor, ...]:
     """The same results as tangents of the reference, whole."""
 
+    mode, has_biases, bidirectional = options
+
     def forward(x: Tensor, h0: Any, c0: Any, *params: Tensor) -> tuple[Tensor, ...]:
         return reference.layer_forward(
-            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
+            mode, x, *schedule, h0, c0, params, has_biases, bidirectional
         )
 
-    def backward(
-        dy: Any, dh_n: Any, dc_n: Any, x: Tensor, h0: Any, c0: Any, *params: Tensor
-    ) -> tuple[Tensor, ...]:
-        *states, dparams = reference.layer_backward(
-            mode, dy, dh_n, dc_n, x, lengths, batch_sizes, reset, h0, c0, params,
-            has_biases, bidirectional,
-        )  # fmt: skip
-        return (*states, *dparams)
+    def backward(*values: Any) -> tuple[Tensor, ...]:
+        return reference_gradients(options, schedule, *values)
 
     with autocast_disabled(values[3]):
         return (

@@ -66,12 +66,7 @@ struct TangentInputs {
  private:
   static void check(const char* name, const OptionalTensor& t, at::IntArrayRef shape,
                     const at::Tensor& x) {
-    if (!t) return;
-    TORCH_CHECK_VALUE(t->sizes() == shape, name, ": expected shape ", shape, ", got ", t->sizes());
-    TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), name, ": expected dtype ",
-                     x.scalar_type(), " like x, got ", t->scalar_type());
-    TORCH_CHECK_VALUE(t->device() == x.device(), name, ": expected device ", x.device(),
-                      " like x, got ", t->device());
+    if (t) check_like(name, *t, shape, x);
   }
 };
 
@@ -93,7 +88,7 @@ Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& t
   std::vector<TangentsOfDirection<S>> directions;
   directions.reserve(layer.directions);
   for (int d = 0; d < layer.directions; ++d) {
-    const auto state = [&](const at::Tensor& t) { return walk.sorted(t.select(0, d)); };
+    const auto state = [&](const at::Tensor& t) { return walk.sorted(layer.of_direction(t, d)); };
     const auto saved = [&](const at::Tensor& t, int64_t width) {
       return t.select(1, d).narrow(0, 0, walk.rows()).narrow(1, 0, width);
     };
@@ -140,7 +135,7 @@ Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& t
   for (int d = 0; d < layer.directions; ++d) {
     TangentsOfDirection<S>& direction = directions[d];
     const auto rows = [&](const at::Tensor& t) { return packed(t.narrow(-1, d * output, output)); };
-    const auto state = [&](const at::Tensor& t) { return walk.sorted(t.select(0, d)); };
+    const auto state = [&](const at::Tensor& t) { return walk.sorted(layer.of_direction(t, d)); };
     const std::vector<OptionalTensor>& g = tangents.of_gradients;
     direction.backward({each(in.dy, rows), each(g[0], rows)},
                        {each(in.dh_n, state), each(g[1], state)},

@@ -212,17 +212,14 @@ class TangentsOfDirection {
   // The states (rows, F) that enter step t, into their place in `to`: of the step before, or those
   // that the rows start with; zeros where `start` is undefined, and after a reset.
   void enter(int64_t t, const at::Tensor& states, const at::Tensor& start, at::Tensor& to) const {
-    const int64_t width = states.size(1), stride = states.stride(0), n = schedule_.rows[t];
-    const int64_t before = reverse_ ? t + 1 : t - 1;
-    const bool starts = before < 0 || before >= schedule_.steps;
-    const int64_t continued = starts ? 0 : std::min(n, schedule_.rows[before]);
-    for (int64_t b = 0; b < n; ++b) {
-      const int64_t row = schedule_.row0[t] + b;
-      S* target = data_of<S>(to) + row * width;
+    const int64_t width = states.size(1), stride = states.stride(0);
+    for (int64_t b = 0; b < schedule_.rows[t]; ++b) {
+      S* target = data_of<S>(to) + (schedule_.row0[t] + b) * width;
       const S* source = nullptr;
-      if (reset_ != nullptr && reset_[row]) {
-      } else if (b < continued) {
-        source = read<S>(states) + (schedule_.row0[before] + b) * stride;
+      const int64_t before = previous_row(schedule_, reverse_, t, b);
+      if (is_reset(reset_, schedule_, t, b)) {
+      } else if (before >= 0) {
+        source = read<S>(states) + before * stride;
       } else if (start.defined()) {
         source = read<S>(start) + b * width;
       }
@@ -244,8 +241,7 @@ class TangentsOfDirection {
     const int64_t width = states.size(1);
     at::Tensor result = start.defined() ? start.clone() : zeros({schedule_.batch, width});
     for (int64_t t = 0; t < schedule_.steps; ++t) {
-      const bool ends = t + 1 == schedule_.steps || reverse_;
-      const int64_t begin = ends ? 0 : schedule_.rows[t + 1], end = schedule_.rows[t];
+      const int64_t begin = reverse_ ? 0 : rows_at(schedule_, t + 1), end = schedule_.rows[t];
       std::copy(read<S>(states) + (schedule_.row0[t] + begin) * width,
                 read<S>(states) + (schedule_.row0[t] + end) * width,
                 data_of<S>(result) + begin * width);
@@ -259,10 +255,9 @@ class TangentsOfDirection {
     const int64_t n = schedule_.rows[t], width = layer_.sizes.output;
     for (int of = 0; of < 2; ++of) {
       for (int64_t b = 0; b < n; ++b) {
-        const bool cut = reset_ != nullptr && reset_[schedule_.row0[t] + b];
         S* to = data_of<S>(dh_) + (of * schedule_.batch + b) * width;
         S* carry = data_of<S>(carry_) + (of * schedule_.batch + b) * hidden_;
-        if (cut) {
+        if (is_reset(reset_, schedule_, t, b)) {
           std::fill_n(to, width, S(0));
           std::fill_n(carry, hidden_, S(0));
           continue;
