@@ -328,6 +328,13 @@ struct BackwardArgs {
   BackwardDirection<S, E> direction[2];
 };
 
+// Words in front of a group's rows where groups sum apart and `before` rows are those of the groups
+// before it: a word holds rows of one group alone. In front of one group more than there are: all.
+template <class E>
+constexpr int64_t words_before(int64_t before, int group) {
+  return words_of<E>(before) + group;
+}
+
 // How many rows of a weight's gradient one thread works on at a time, at most.
 inline constexpr int64_t kMostGradientRows = 32;
 

@@ -62,6 +62,21 @@ def test_any_number_of_threads(mode: str, shape: str, bidirectional: bool, ragge
             assert oracle.same_bits(first, oracle.trained(net, x, **extras)), "not reproducible"
 
 
+# Of each chunk, two threads have an odd number of rows, and a word holds two of bfloat16.
+@pytest.mark.parametrize("shape", [(70, 70, 8, 16), (46, 46, 16, 32)])
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+def test_no_word_holds_rows_of_two_threads(isa: str, mode: str, shape: tuple[int, ...]) -> None:
+    net = oracle.fused(mode, shape[2:], dtype=torch.bfloat16)
+    x = torch.randn(shape[:3]).bfloat16()
+    with oracle.num_threads(1):
+        expected = oracle.trained(net, x)
+    with oracle.num_threads(2):
+        for _ in range(10):
+            for mine, theirs in zip(oracle.trained(net, x), expected, strict=True):
+                # The sums differ by far less than a rounding, which then goes another way at most.
+                torch.testing.assert_close(mine, theirs, rtol=2**-7, atol=2**-8)
+
+
 @pytest.fixture
 def assume_threads() -> Iterator[Callable[[str], None]]:
     yield _C.assume_threads

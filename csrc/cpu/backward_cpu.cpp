@@ -130,8 +130,7 @@ class BackwardRun {
     args_.apart_stride = padded(GradientSizes(layer_.cell, sizes).all());
     args_.dgates_apart = most_rows_ * stride_ + (apart ? kPage / sizeof(E) : 0);
     if (apart) scratch_.want(&args_.group_rows, most_rows_);
-    // Each group's rows begin with a word of their own.
-    const int64_t row_words = words_of<E>(most_rows_) + args_.apart_groups - 1;
+    const int64_t row_words = apart ? words_before<E>(most_rows_, groups) : words_of<E>(most_rows_);
     args_.rows_stride = layer_.batch;
     scratch_.want(&args_.rows, threads * args_.rows_stride);
     scratch_.want(&args_.previous, most_rows_);

@@ -114,7 +114,7 @@ class ChunkRows {
   // Panels of the summed rows; a group's behind those of the groups before it.
   W* panels(int which) const {
     const int64_t columns = which == 0 ? sizes_.input : std::max(sizes_.output, sizes_.hidden);
-    const int64_t words = apart_ ? words_of<F>(before_) + slot_.group : 0;
+    const int64_t words = apart_ ? words_before<E>(before_, slot_.group) : 0;
     return args_.panels[which] + words * whole_panels(columns);
   }
 

@@ -212,7 +212,9 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   std::vector<int64_t> summed_rows(pairs);
   std::vector<int> begun(c.plan.groups);
   backward.group_rows = summed_rows.data();
-  const int64_t panel_words = words_of<E>(pairs) + backward.apart_groups - 1;
+  const int64_t panel_words = backward.apart_groups > 1
+                                  ? words_before<E>(pairs, backward.apart_groups)
+                                  : words_of<E>(pairs);
   backward.panels[0] = rooms.take<W>(panel_words * whole_panels(c.input));
   backward.panels[1] = rooms.take<W>(panel_words * whole_panels(std::max(P, H)));
   backward.columns_stride = column_words(words_of<E>(pairs)) * kMostGradientRows;
@@ -364,6 +366,7 @@ int main(int argc, char** argv) {
   for (Cell cell : {Cell::kLstm, Cell::kGru, Cell::kRnnTanh, Cell::kRnnRelu}) {
     for (const std::vector<int64_t>& lengths : {std::vector<int64_t>{1},
                                                 std::vector<int64_t>(37, 1),
+                                                std::vector<int64_t>(6, 1),
                                                 {5},
                                                 {4, 4, 4, 4, 4, 4, 4},
                                                 {6, 5, 5, 2, 1, 0}}) {
