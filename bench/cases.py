@@ -24,6 +24,7 @@ PACKED = "torch.nn, packed"
 FLOAT32 = "fusedrnn, float32"
 TORCH_HALF = "torch.nn, bfloat16"
 NOTHING = "a call that computes nothing"
+KEPT = "fusedrnn, gates kept"
 
 LAYER = "fusedrnn, layer"
 
@@ -197,6 +198,19 @@ def half_calls(cell: str, shape: Shape, train: bool) -> dict[str, Call]:
     }
     exact = layer_call(copied(module, False, torch.float64), shape, train)
     return checked(f"bfloat16 {cell} {shape}", calls, exact, HALF_TOLERANCE)
+
+
+def recompute_calls(cell: str, shape: Shape) -> dict[str, Call]:
+    torch.manual_seed(0)
+    module = LAYERS[cell](shape.input_size, shape.hidden_size)
+    again = copied(module)
+    again.recompute = True
+    calls = {
+        FUSED: layer_call(again, shape, True),
+        KEPT: layer_call(copied(module), shape, True),
+    }
+    exact = layer_call(copied(module, False, torch.float64), shape, True)
+    return checked(f"recompute {cell} {shape}", calls, exact)
 
 
 # ---- streams ------------------------------------------------------------------------------------

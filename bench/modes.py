@@ -64,6 +64,7 @@ HALF_GOALS = dict.fromkeys(
 
 LARGE = shapes("64,50,1024,1024", "32,100,512,512")
 BATCHED = shapes("4,100,256,256", "16,500,128,64", "32,50,256,256", "128,100,256,256")
+BATCHED_AND_ONE = (*shapes("1,100,64,64", "1,100,256,256", "1,100,512,512"), *BATCHED)
 LARGE_GOALS = same(Goal(limits.SGEMM, None, 0.85))
 # No slower than itself: identical code reads 0.95 at times.
 BATCH_FIRST_GOALS = same(Goal(limits.TIME_MAJOR, None, 0.95), GATED)
@@ -72,6 +73,9 @@ DENORMAL_GOALS = same(Goal(limits.ORDINARY, None, 1 / 1.5), GATED)
 
 DERIVED = shapes("1,100,64,64", "8,100,128,128", "32,50,256,256", "16,500,128,64")
 DERIVED_GOAL = Goal(peers.TORCH, None, 1.0)
+
+# A third more time, as of any network whose forward pass is made twice.
+RECOMPUTE_GOALS = same(Goal(cases.KEPT, None, 0.75), GATED)
 
 STREAM = shapes(*(f"1,1,{h},{h}" for h in (64, 128, 256, 512)))
 LATENCY = shapes("1,100,256,256", "1,100,512,512", "1,100,1024,1024")
@@ -127,6 +131,7 @@ MODES = {
     "denormals-training": Mode(BATCHED, partial(limits.denormal_calls, train=True), DENORMAL_GOALS),
     "gradient-penalty": Mode(DERIVED, derivatives.penalty_calls, same(DERIVED_GOAL)),
     "tangents": Mode(DERIVED, derivatives.tangent_calls, same(DERIVED_GOAL, ("gru", "rnn"))),
+    "recompute-training": Mode(BATCHED_AND_ONE, cases.recompute_calls, RECOMPUTE_GOALS),
     "stream": Mode(STREAM, cases.stream_step, same(Goal(BEST, None, 1.0)), with_peers=True),
     "stream-bfloat16": Mode(
         LATENCY,

@@ -141,12 +141,12 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
   static variable_list forward(AutogradContext* ctx, const std::string& mode, const at::Tensor& x,
                                const OptionalTensor& h0, const OptionalTensor& c0,
                                at::TensorList params, const LayerInputs& in, bool has_biases,
-                               bool bidirectional, at::Tensor* no_cell_state) {
+                               bool bidirectional, bool recompute, at::Tensor* no_cell_state) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const bool one_step = x.dim() == 2 && !in.batch_sizes;
     auto [y, h_n, c_n, gates, cells] =
         forward_op()(mode, x, in.lengths, in.batch_sizes, in.reset, h0, c0, params, has_biases,
-                     bidirectional, /*save=*/true);
+                     bidirectional, /*save=*/true, recompute);
     variable_list saved = {x,
                            tensor_or_undefined(in.lengths),
                            tensor_or_undefined(in.batch_sizes),
@@ -179,8 +179,8 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
                              ctx->saved_data["has_biases"].toBool(),
                              ctx->saved_data["bidirectional"].toBool(), ctx->get_saved_variables()};
     // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional,
-    // no_cell_state.
-    variable_list result(saved.params().size() + 8);
+    // recompute, no_cell_state.
+    variable_list result(saved.params().size() + 9);
     if (std::none_of(cotangents.begin(), cotangents.end(), defined)) return result;
     std::vector<bool> wanted;
     size_t edge = 0;  // absent states have none
@@ -233,20 +233,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer(
     const std::string& mode, const at::Tensor& x, const OptionalTensor& lengths,
     const OptionalTensor& batch_sizes, const OptionalTensor& reset, const OptionalTensor& h0,
     const OptionalTensor& c0, const std::vector<at::Tensor>& params, bool has_biases,
-    bool bidirectional) {
+    bool bidirectional, bool recompute) {
   // The op's form without an axis of steps is cell_step's.
   TORCH_CHECK_VALUE(x.dim() == (batch_sizes ? 2 : 3), "x: expected shape ",
                     batch_sizes ? "(N, input_size)" : "(T, B, input_size)", ", got ", x.sizes());
   if (!records(x, h0, c0, params)) {
     auto [y, h_n, c_n, gates, cells] =
         forward_op()(mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases,
-                     bidirectional, /*save=*/false);
+                     bidirectional, /*save=*/false, /*recompute=*/false);
     return {std::move(y), std::move(h_n), std::move(c_n)};
   }
   const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
   at::Tensor c_n;
   auto outputs = LayerNode::apply(mode, x, h0, c0, at::TensorList(params), in, has_biases,
-                                  bidirectional, &c_n);
+                                  bidirectional, recompute, &c_n);
   if (outputs.size() == 3) c_n = std::move(outputs[2]);
   return {std::move(outputs[0]), std::move(outputs[1]), std::move(c_n)};
 }
@@ -254,7 +254,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer(
 std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> plain_layer(
     const std::string& mode, const at::Tensor& input, const OptionalTensor& h0,
     const OptionalTensor& c0, const std::vector<at::Tensor>& params, bool has_biases,
-    bool bidirectional, bool batch_first) {
+    bool bidirectional, bool batch_first, bool recompute) {
   const at::Tensor& w_ih = params[0];
   const at::Tensor& w_hh = params[1];
   if (input.dim() != 3 || needs_a_closer_look() || !suits(input, w_ih)) return std::nullopt;
@@ -265,7 +265,8 @@ std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> plain_layer(
     return std::nullopt;
   }
   const OptionalTensor none;
-  auto result = layer(mode, x, none, none, none, h0, c0, params, has_biases, bidirectional);
+  auto result =
+      layer(mode, x, none, none, none, h0, c0, params, has_biases, bidirectional, recompute);
   if (batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
   return result;
 }
@@ -279,14 +280,14 @@ std::optional<std::tuple<at::Tensor, at::Tensor>> cell_step(
   if (!records(x, h, c, params)) {
     auto [y, h_n, c_n, gates, cells] =
         forward_op()(mode, x, std::nullopt, std::nullopt, std::nullopt, h, c, params, has_biases,
-                     false, /*save=*/false);
+                     /*bidirectional=*/false, /*save=*/false, /*recompute=*/false);
     return std::tuple{std::move(h_n), std::move(c_n)};
   }
   const OptionalTensor none;
   const LayerInputs in{x, none, none, none, h, c, params};
   at::Tensor c_n;
   auto outputs = LayerNode::apply(mode, x, h, c, at::TensorList(params), in, has_biases,
-                                  /*bidirectional=*/false, &c_n);
+                                  /*bidirectional=*/false, /*recompute=*/false, &c_n);
   if (outputs.size() == 2) c_n = std::move(outputs[1]);
   return std::tuple{std::move(outputs[0]), std::move(c_n)};
 }

@@ -64,7 +64,7 @@ auto unlocked_if_long(const at::Tensor& x, const std::vector<at::Tensor>& params
 
 py::object plain_layer_of(const std::string& mode, py::handle input, py::handle hx,
                           const py::list& params, bool has_biases, bool bidirectional,
-                          bool batch_first) {
+                          bool batch_first, bool recompute) {
   at::Tensor x;
   OptionalTensor h0, c0;
   std::vector<at::Tensor> weights;
@@ -72,7 +72,7 @@ py::object plain_layer_of(const std::string& mode, py::handle input, py::handle 
   if (!read(input, x) || !read(params, weights)) return py::none();
   if (!(lstm ? read_pair(hx, h0, c0) : read(hx, h0))) return py::none();
   auto found = unlocked_if_long(x, weights, [&] {
-    return plain_layer(mode, x, h0, c0, weights, has_biases, bidirectional, batch_first);
+    return plain_layer(mode, x, h0, c0, weights, has_biases, bidirectional, batch_first, recompute);
   });
   if (!found) return py::none();
   auto& [output, h_n, c_n] = *found;

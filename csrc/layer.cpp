@@ -149,6 +149,11 @@ int64_t Layer::saved_width() const {
   }
 }
 
+Layer::Shape Layer::cells_shape(bool recompute) const {
+  const int64_t each = segment_steps(batch), segments = (steps + each - 1) / each;
+  return {recompute ? (segments - 1) * batch : rows, directions, sizes.hidden_padded()};
+}
+
 void check_lengths(const Layer& layer, const at::Tensor& lengths) {
   const at::Tensor dense = lengths.contiguous();
   const int64_t* length = dense.const_data_ptr<int64_t>();
@@ -158,7 +163,8 @@ void check_lengths(const Layer& layer, const at::Tensor& lengths) {
   }
 }
 
-void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask) {
+void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask,
+                    bool may_recompute) {
   const at::Tensor& x = in.layer.x;
   const auto check = [&](const char* name, const at::Tensor& t, at::IntArrayRef shape,
                          at::ScalarType dtype, const char* hint) {
@@ -172,20 +178,21 @@ void check_backward(const Layer& layer, const BackwardInputs& in, const c10::Lis
   const auto like_x = [&](const char* name, const OptionalTensor& t, at::IntArrayRef shape) {
     if (t) check(name, *t, shape, layer.dtype, "");
   };
-  const char* saved = " (was forward called with save=True?)";
-  const int64_t d = layer.directions;
-  const int64_t units = layer.sizes.hidden_padded();
+  const bool anew = may_recompute && in.recomputes(layer);
+  const char* saved = may_recompute ? " (was forward called with save=True?)"
+                                    : " (was forward called with save=True, recompute=False?)";
   like_x("dy", in.dy, layer.y_shape());
   like_x("y", in.y, layer.y_shape());
   like_x("dh_n", in.dh_n, layer.state_shape(layer.sizes.output));
   if (has_cell_state(layer.cell)) {
     like_x("dc_n", in.dc_n, layer.state_shape(layer.sizes.hidden));
-    check("cells", in.cells, {layer.rows, d, units}, layer.accumulate, saved);
+    check("cells", in.cells, layer.cells_shape(anew), layer.accumulate, saved);
   } else {
     TORCH_CHECK_VALUE(!in.dc_n || in.dc_n->numel() == 0, "dc_n: only the LSTM has a cell state");
   }
-  if (saved_blocks(layer.cell) > 1) {
-    check("gates", in.gates, {layer.rows, d, layer.saved_width()}, layer.dtype, saved);
+  if (saved_blocks(layer.cell) > 1 && !anew) {
+    check("gates", in.gates, {layer.rows, layer.directions, layer.saved_width()}, layer.dtype,
+          saved);
   }
   TORCH_CHECK_VALUE(mask.size() == in.layer.params.size() + 3, "output_mask: expected ",
                     in.layer.params.size() + 3, " values, got ", mask.size());

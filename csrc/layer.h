@@ -33,8 +33,8 @@ struct LayerInputs {
 using LayerForward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const std::string& mode, const at::Tensor& x, const OptionalTensor& lengths,
     const OptionalTensor& batch_sizes, const OptionalTensor& reset, const OptionalTensor& h0,
-    const OptionalTensor& c0, at::TensorList params, bool has_biases, bool bidirectional,
-    bool save);
+    const OptionalTensor& c0, at::TensorList params, bool has_biases, bool bidirectional, bool save,
+    bool recompute);
 using LayerBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>(
     const std::string& mode, const OptionalTensor& dy, const OptionalTensor& dh_n,
     const OptionalTensor& dc_n, const at::Tensor& x, const OptionalTensor& lengths,
@@ -79,6 +79,9 @@ struct Layer {
   }
   // Values of one direction in a row of the saved gates, whose blocks are hidden_padded apart.
   int64_t saved_width() const;
+  // Of the cell states kept for backward: after all steps, or between segments of segment_steps
+  // where backward is to recompute the others, then with a row for each of the batch's.
+  Shape cells_shape(bool recompute) const;
 };
 
 // Checks the values of lengths (B) that lie on the CPU: 0..T.
@@ -89,10 +92,15 @@ struct BackwardInputs {
   const LayerInputs& layer;
   const OptionalTensor &dy, &dh_n, &dc_n;
   const at::Tensor &y, &gates, &cells;
+  // Whether gates, and cells within segments of time, were not kept.
+  bool recomputes(const Layer& layer) const {
+    return saved_blocks(layer.cell) > 1 && gates.dim() == 1 && gates.numel() == 0;
+  }
 };
 
 // Checks their shapes, dtypes and devices, and the mask of what is wanted, as Layer does.
-void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask);
+void check_backward(const Layer& layer, const BackwardInputs& in, const c10::List<bool>& mask,
+                    bool may_recompute);
 
 // Where each row of each step lies, see Schedule; and the resets per direction in packed order.
 struct ScheduleStorage {

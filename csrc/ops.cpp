@@ -82,7 +82,8 @@ void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "layer_forward(str mode, Tensor x, Tensor? lengths, Tensor? batch_sizes, Tensor? reset, "
-      "Tensor? h0, Tensor? c0, Tensor[] params, bool has_biases, bool bidirectional, bool save) -> "
+      "Tensor? h0, Tensor? c0, Tensor[] params, bool has_biases, bool bidirectional, bool save, "
+      "bool recompute=False) -> "
       "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
       "layer_backward(str mode, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? lengths, "
@@ -135,5 +136,6 @@ PYBIND11_MODULE(_C, m) {
         "Gives the memory kept for the next calls back to the system.");
   fusedrnn::define_stream(m);
   m.attr("unit_alignment") = fusedrnn::kUnitAlignment;
+  m.attr("segment_rows") = fusedrnn::kSegmentRows;
   m.def("build_info", &fusedrnn::build_info, "Compiler, OpenMP version and whether CUDA is in.");
 }

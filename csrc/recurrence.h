@@ -165,6 +165,13 @@ struct PackedWeights {
   ColumnScale projection_scale;              // the same: columns (Pp)
 };
 
+// About how many (step, row) pairs a segment of time has, of a call that keeps for backward just
+// the cell state at the segments' bounds; in steps, at least one.
+inline constexpr int64_t kSegmentRows = 256;
+constexpr int64_t segment_steps(int64_t batch) {
+  return batch >= kSegmentRows ? 1 : kSegmentRows / (batch > 0 ? batch : 1);
+}
+
 // A range of steps, [begin, end) in time whatever the direction. Chunks are handed to the kernels
 // in the order in which they are walked.
 struct Chunk {
@@ -198,6 +205,12 @@ struct ForwardDirection {
   S* h_tilde;  // (state rows, Hp): o tanh(c) before a projection
   S* h_n;      // (B, P), caller's rows: written for every row that has a step
   const uint8_t* reset;  // (N): the state entering the step is zero; or null
+  // (io rows, y_stride): the states of a call made before. Then nothing is walked: gates and cells
+  // of all the chunk's rows are made anew at once. h[0] and c, which hold h0 and c0, stay as they
+  // are; the second h, (threads, Hp or Pp, the larger), and y, the same, take what nobody reads;
+  // cells are those of the chunk and of the step walked just before it, whose values are given. Or
+  // null.
+  const S* known = nullptr;
 };
 
 // Where one row's step reads and writes, found once for all its tiles. What is kept for backward
@@ -209,8 +222,10 @@ struct ForwardRow {
   S* cells;         // (Hp), or null; LSTM
   const S* c_prev;  // (Hp), LSTM; zeros after a reset
   S* c;             // (Hp), LSTM
+  const S* left;    // (P) behind the step's x where that is joined: what the product reads
   const S* h_prev;  // (Pp); zeros after a reset
   S* h;             // (Pp)
+  S* h_tilde;       // (Hp), where there is a projection
   int64_t y;        // offset of its P values in y or y_half
 };
 
@@ -231,7 +246,8 @@ struct ForwardArgs {
   int64_t across_stride;
   S* factors;  // scratch: per thread, the factors of those rows
   int64_t factors_stride;
-  ForwardRow<S, Saved<S, W>>* rows;  // scratch: per thread, (B), one step's: those of its group
+  ForwardRow<S, Saved<S, W>>* rows;  // scratch: per thread, (B), one step's: those of its group; a
+                                     // chunk's rows where states are known
   int64_t rows_stride;
   int64_t* group_rows;  // scratch: per thread, which of a chunk's rows are its group's; null where
   int64_t group_rows_stride;  // no team has groups

@@ -39,10 +39,12 @@ def layer(
     params: Sequence[Tensor],
     has_biases: bool,
     bidirectional: bool,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer (y, h_n, c_n), recorded for autograd where an input requires grad.
 
-    For eager calls outside ``torch.func`` transforms and forward-mode levels.
+    ``recompute``: backward makes the gates anew, instead of their being kept. For eager calls
+    outside ``torch.func`` transforms and forward-mode levels.
     """
 
 def plain_layer(
@@ -53,6 +55,7 @@ def plain_layer(
     has_biases: bool,
     bidirectional: bool,
     batch_first: bool,
+    recompute: bool,
 ) -> tuple[Tensor, Any] | None:
     """A module's (output, state) of one layer, recorded for autograd where an input requires grad.
 

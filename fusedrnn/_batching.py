@@ -34,6 +34,8 @@ def register_rules(layer_forward: Any, layer_backward: Any, layer_tangents: Any)
 
     def forward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         call = _Call(layer_forward, info.batch_size, in_dims, args)
+        # Where segments of time end depends on the number of rows, which is another here.
+        call.args["recompute"] = False
         if call.joins(whatever_lengths=not call.args["save"]):
             outputs, axes, _ = call.joined((_SECOND, _SECOND, _SECOND, _WITHIN, _WITHIN))
             return tuple(outputs), tuple(axes)
@@ -68,7 +70,8 @@ class _Call:
     def __init__(self, op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> None:
         if size == 0:
             raise RuntimeError(f"{op}: vmap over an axis of size 0 is not supported")
-        names = [argument.name for argument in op._schema.arguments]
+        # The last ones may be absent, as defaults are.
+        names = [argument.name for argument in op._schema.arguments][: len(args)]
         self.op, self.size = op, size
         self.args = dict(zip(names, args, strict=True))
         self.dims = {n: _dims(a, d) for n, a, d in zip(names, args, in_dims, strict=True)}
@@ -76,7 +79,7 @@ class _Call:
     def one_by_one(self) -> list[Any]:
         """The results of a call for every slice, output by output."""
         calls = (
-            self.op(*(_each(a, self.dims[n], _select, i) for n, a in self.args.items()))
+            self.op(*(_each(a, self.dims.get(n), _select, i) for n, a in self.args.items()))
             for i in range(self.size)
         )
         return list(zip(*calls, strict=True))
@@ -87,9 +90,18 @@ class _Call:
         of_weights = [*self.dims["params"], *self.dims.get("tangents", ())[_BATCHED_TANGENTS:]]
         return (
             x_has_steps
+            and self._cells_are_of_all_steps()
             and self.args["batch_sizes"] is None
             and (whatever_lengths or self.args["lengths"] is None)
             and all(dim is None for dim in of_weights)
+        )
+
+    def _cells_are_of_all_steps(self) -> bool:
+        gates = self.args.get("gates")
+        return (
+            gates is None
+            or self.args["mode"] != "LSTM"
+            or gates.dim() == 3 + (self.dims["gates"] is not None)
         )
 
     def joined(self, kinds: Sequence[str]) -> tuple[list[Tensor], list[int], tuple[Any, ...]]:
@@ -109,7 +121,7 @@ class _Call:
         return outputs, axes, tuple(found[len(kinds) :])
 
     def _joined_argument(self, name: str, begin: int, end: int) -> Any:
-        value, dims = self.args[name], self.dims[name]
+        value, dims = self.args[name], self.dims.get(name)
         if name not in _KINDS:
             return value
         if name == "tangents":

@@ -45,9 +45,9 @@ _is_compiling = torch.compiler.is_compiling
 _level_of = torch._C._functorch.maybe_get_level
 _transforms_active = torch._C._are_functorch_transforms_active
 
-# Positions in the Functions' arguments: mode, has_biases, bidirectional, x, lengths, batch_sizes,
-# reset, h0, c0, *params.
-_X, _H0, _C0, _PARAMS = 3, 7, 8, 9
+# Positions in the Functions' arguments: mode, has_biases, bidirectional, recompute, x, lengths,
+# batch_sizes, reset, h0, c0, *params.
+_X, _H0, _C0, _PARAMS = 4, 8, 9, 10
 
 
 def layer(
@@ -61,19 +61,22 @@ def layer(
     params: Sequence[Tensor],
     has_biases: bool,
     bidirectional: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer, all its directions, differentiable in x, h0, c0 and params.
 
     Arguments and results are those of :func:`fusedrnn.reference.layer_forward`. Shapes and dtypes
-    are checked by the operator.
+    are checked by the operator. ``recompute``: backward makes the gates anew, instead of their
+    being kept.
     """
     compiling = _is_compiling()
     transformed = _traced_transforms() if compiling else _transforms_active()
     dual = forward_ad._current_level >= 0
     if not dual and not transformed and not compiling:
         return _C.layer(
-            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
-        )
+            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional,
+            recompute,
+        )  # fmt: skip
     if x.dim() != (3 if batch_sizes is None else 2):  # as _C.layer does
         expected = "(T, B, input_size)" if batch_sizes is None else "(N, input_size)"
         raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
@@ -96,7 +99,7 @@ def layer(
             )[:3]  # fmt: skip
     function = DualLayerFunction if dual else LayerFunction
     return function.apply(
-        mode, has_biases, bidirectional, x, lengths, batch_sizes, reset, h0, c0, *params
+        mode, has_biases, bidirectional, recompute, x, lengths, batch_sizes, reset, h0, c0, *params
     )[:3]
 
 
@@ -113,6 +116,7 @@ class LayerFunction(Function):
         mode: str,
         has_biases: bool,
         bidirectional: bool,
+        recompute: bool,
         x: Tensor,
         lengths: Tensor | None,
         batch_sizes: Tensor | None,
@@ -122,12 +126,14 @@ class LayerFunction(Function):
         *params: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return _ops.layer_forward(
-            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, True
-        )
+            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional, True,
+            recompute,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        mode, has_biases, bidirectional, x, lengths, batch_sizes, reset, h0, c0, *params = inputs
+        mode, has_biases, bidirectional, _, *tensors = inputs
+        x, lengths, batch_sizes, reset, h0, c0, *params = tensors
         y, _, c_n, gates, cells = output
         ctx.save_for_backward(x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params)
         ctx.options = (mode, has_biases, bidirectional)
@@ -157,7 +163,7 @@ class LayerFunction(Function):
         dx, dh0, dc0, *dparams = layer_backward(
             *ctx.options, wanted, (dy, dh_n, dc_n), ctx.saved_tensors, _is_compiling()
         )
-        return None, None, None, dx, None, None, None, dh0, dc0, *dparams
+        return None, None, None, None, dx, None, None, None, dh0, dc0, *dparams
 
 
 class DualLayerFunction(LayerFunction):
@@ -166,7 +172,7 @@ class DualLayerFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         LayerFunction.setup_context(ctx, inputs, output)
-        _, _, _, x, lengths, batch_sizes, reset, h0, c0, *params = inputs
+        x, lengths, batch_sizes, reset, h0, c0, *params = inputs[_X:]
         y, _, _, gates, cells = output
         ctx.save_for_forward(lengths, batch_sizes, reset, y, gates, cells, x, h0, c0, *params)
 

@@ -52,6 +52,7 @@ def _layer_forward_fake(
     has_biases: bool,
     bidirectional: bool,
     save: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_devices(x, lengths, batch_sizes, reset, h0, c0, *params)
     directions = 2 if bidirectional else 1
@@ -72,12 +73,16 @@ def _layer_forward_fake(
     h_n = x.new_empty((*leading, proj_size))
     c_n = x.new_empty((*leading, hidden_size) if lstm else (0,))
     padded = -(-hidden_size // _C.unit_alignment) * _C.unit_alignment
-    has_gates = save and mode in ("LSTM", "GRU")
+    has_gates = save and not recompute and mode in ("LSTM", "GRU")
     width = 4 * padded
     if width * x.element_size() % 2048 == 0:  # row_stride() in csrc/recurrence.h
         width += 64 // x.element_size()
     gates = x.new_empty((rows, directions, width) if has_gates else (0,))
     cell_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if recompute:  # Layer::cells_shape() in csrc/layer.cpp
+        steps = 1 if one_step else (x if batch_sizes is None else batch_sizes).shape[0]
+        each = torch.sym_max(1, _C.segment_rows // torch.sym_max(1, batch))
+        rows = ((steps + each - 1) // each - 1) * batch
     cells = x.new_empty((rows, directions, padded) if save and lstm else (0,), dtype=cell_dtype)
     return y, h_n, c_n, gates, cells
 

@@ -134,10 +134,13 @@ class TangentsFunction(Function):
         lengths, batch_sizes, reset, y, gates, cells = tensors[:6]
         (dy, dh_n, dc_n, x, h0, c0, *params), tangents, of_gradients = _parts(tensors[6:])
         dtype = x.dtype
+        kept = mode not in ("LSTM", "GRU") or gates.dim() > 1  # not with recompute=True
         if dtype in (torch.bfloat16, torch.float16):
             # Second derivatives of what was rounded at every step would be of little use.
             dy, dh_n, dc_n, x, h0, c0, *params = _widen([dy, dh_n, dc_n, x, h0, c0, *params])
             tangents, of_gradients = _widen(tangents), _widen(of_gradients)
+            kept = False
+        if not kept:
             y, _, _, gates, cells = _ops.layer_forward(
                 mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional,
                 True,

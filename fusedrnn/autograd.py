@@ -32,6 +32,7 @@ class LSTMFunction(LayerFunction):
         reset: Tensor | None = None,
         has_biases: bool = True,
         bidirectional: bool = False,
+        recompute: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the layer.
 
@@ -41,6 +42,7 @@ class LSTMFunction(LayerFunction):
             params: per direction w_ih (4H, I), w_hh (4H, P), then b_ih, b_hh (4H,) if
                 ``has_biases``, then w_hr (P, H) if projected.
             lengths, reset: int64 (B,) and bool (T, B), only with dense x.
+            recompute: keep no gates; backward makes them anew. CPU only.
 
         Returns:
             y (T, B, D*P) or (N, D*P), h_n (D, B, P), c_n (D, B, H), in x's dtype.
@@ -49,8 +51,9 @@ class LSTMFunction(LayerFunction):
             ValueError, RuntimeError: a shape, dtype or device that does not fit.
         """
         return layer(
-            "LSTM", x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
-        )
+            "LSTM", x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional,
+            recompute,
+        )  # fmt: skip
 
 
 class GRUFunction(LayerFunction):
@@ -68,6 +71,7 @@ class GRUFunction(LayerFunction):
         reset: Tensor | None = None,
         has_biases: bool = True,
         bidirectional: bool = False,
+        recompute: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer; arguments as in :meth:`LSTMFunction.apply`, weights of 3H rows.
 
@@ -75,8 +79,9 @@ class GRUFunction(LayerFunction):
             y (T, B, D*H) or (N, D*H), h_n (D, B, H), in x's dtype.
         """
         return layer(
-            "GRU", x, lengths, batch_sizes, reset, h0, None, params, has_biases, bidirectional
-        )[:2]
+            "GRU", x, lengths, batch_sizes, reset, h0, None, params, has_biases, bidirectional,
+            recompute,
+        )[:2]  # fmt: skip
 
 
 class RNNFunction(LayerFunction):
@@ -95,6 +100,7 @@ class RNNFunction(LayerFunction):
         reset: Tensor | None = None,
         has_biases: bool = True,
         bidirectional: bool = False,
+        recompute: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer; arguments as in :meth:`LSTMFunction.apply`, weights of H rows.
 
@@ -106,5 +112,6 @@ class RNNFunction(LayerFunction):
         """
         mode = rnn_mode(nonlinearity)
         return layer(
-            mode, x, lengths, batch_sizes, reset, h0, None, params, has_biases, bidirectional
-        )[:2]
+            mode, x, lengths, batch_sizes, reset, h0, None, params, has_biases, bidirectional,
+            recompute,
+        )[:2]  # fmt: skip

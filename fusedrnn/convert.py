@@ -24,7 +24,7 @@ _FUSED: dict[type, type] = {
 _PLAIN: dict[type, type] = {fused: plain for plain, fused in _FUSED.items()}
 
 
-def convert(module: nn.Module) -> nn.Module:
+def convert(module: nn.Module, *, recompute: bool = False) -> nn.Module:
     """Replace every torch.nn RNN, LSTM, GRU and cell inside ``module`` by the fused one, in place.
 
     The new modules share the old ones' very Parameters, hooks, parametrizations and submodules, and
@@ -33,27 +33,31 @@ def convert(module: nn.Module) -> nn.Module:
     wrote, and modules with a ``forward`` of their own. What ``module.compile()`` made of a module
     that is replaced is not kept, as it calls the old one.
 
+    Args:
+        recompute: what the new RNNs, LSTMs and GRUs are given, see :class:`fusedrnn.LSTM`; cells
+            have no use for it.
+
     Returns:
         ``module`` itself, or its replacement where it is a recurrent module.
 
     Raises:
         TypeError: ``module`` is no module.
     """
-    return _swap(module, _FUSED)
+    return _swap(module, _FUSED, recompute)
 
 
 def revert(module: nn.Module) -> nn.Module:
     """Replace every fused module inside ``module`` by torch.nn's: :func:`convert`'s inverse, with
     the same result and error."""
-    return _swap(module, _PLAIN)
+    return _swap(module, _PLAIN, False)
 
 
-def _swap(root: nn.Module, classes: dict[type, type]) -> nn.Module:
+def _swap(root: nn.Module, classes: dict[type, type], recompute: bool) -> nn.Module:
     if not isinstance(root, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(root).__name__}")
     modules = list(root.modules())
     swapped = {
-        m: _replacement(m, classes)
+        m: _replacement(m, classes, recompute)
         for m in modules
         if _plain_class(m) in classes and "forward" not in vars(m)
     }
@@ -69,7 +73,7 @@ def _plain_class(module: nn.Module) -> type:
     return type(module).__bases__[0] if is_parametrized(module) else type(module)
 
 
-def _replacement(old: nn.Module, classes: dict[type, type]) -> nn.Module:
+def _replacement(old: nn.Module, classes: dict[type, type], recompute: bool) -> nn.Module:
     """A module of the other class over the same attributes, dictionaries and parameters."""
     target = classes[_plain_class(old)]
     if is_parametrized(old):
@@ -85,6 +89,9 @@ def _replacement(old: nn.Module, classes: dict[type, type]) -> nn.Module:
     # refer to them, and what is assigned to either module's parameters is seen by both.
     new.__dict__.update(old.__dict__)
     new.__dict__.pop("_compiled_call_impl", None)  # bound to the old one
+    new.__dict__.pop("recompute", None)  # torch.nn's have none
+    if recompute and isinstance(new, nn.RNNBase):
+        new.recompute = True
     for hook in new._load_state_dict_pre_hooks.values():
         # Alone of all hooks these may hold their module, by a weak reference, not be handed it.
         if getattr(hook, "with_module", False):

@@ -46,6 +46,7 @@ def lstm(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
     """Long short-term memory: Hochreiter & Schmidhuber 1997, Gers et al. 2000, Sak et al. 2014.
 
@@ -61,6 +62,8 @@ def lstm(
         reset: bool (T, B), (B, T) if ``batch_first``, (T,) for one row: where true a new segment
             starts, so the state entering that step is zero in every layer, and the reverse
             direction is cut at the same place.
+        recompute: keep no gates for the backward pass, which then makes them anew: memory for x
+            and output alone, for about a forward pass's time. CPU only.
 
     Returns:
         output, shaped as input with D*P features, and (h_n, c_n), shaped as hx; in input's dtype.
@@ -72,7 +75,7 @@ def lstm(
     check_dropout(dropout)
     return recurrent(
         "LSTM", input, hx, params, has_biases, num_layers, dropout if training else 0.0,
-        bidirectional, batch_first, lengths, reset,
+        bidirectional, batch_first, lengths, reset, recompute,
     )  # fmt: skip
 
 
@@ -89,6 +92,7 @@ def gru(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Gated recurrent unit: Cho et al. 2014, the reset gate after the product as in torch.nn.
 
@@ -99,7 +103,7 @@ def gru(
     check_dropout(dropout)
     return recurrent(
         "GRU", input, hx, params, has_biases, num_layers, dropout if training else 0.0,
-        bidirectional, batch_first, lengths, reset,
+        bidirectional, batch_first, lengths, reset, recompute,
     )  # fmt: skip
 
 
@@ -117,6 +121,7 @@ def rnn(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Simple recurrent network, Elman 1990, with ``nonlinearity`` ``"tanh"`` or ``"relu"``.
 
@@ -128,7 +133,7 @@ def rnn(
     check_dropout(dropout)
     return recurrent(
         mode, input, hx, params, has_biases, num_layers, dropout if training else 0.0,
-        bidirectional, batch_first, lengths, reset,
+        bidirectional, batch_first, lengths, reset, recompute,
     )  # fmt: skip
 
 
@@ -144,6 +149,7 @@ def recurrent(
     batch_first: bool,
     lengths: Tensor | None,
     reset: Tensor | None,
+    recompute: bool,
     try_plain: bool = True,
 ) -> tuple[Any, Any]:
     """All of a module's forward but its parameters' names: checks, layout, autocast, the layers.
@@ -154,14 +160,15 @@ def recurrent(
     """
     if try_plain and num_layers == 1 and lengths is None and reset is None and not is_compiling():
         found = _C.plain_layer(
-            mode, input, hx, list(params), has_biases, bidirectional, batch_first
+            mode, input, hx, list(params), has_biases, bidirectional, batch_first, recompute
         )
         if found is not None:
             return found
     if isinstance(input, PackedSequence):
         return _recurrent_packed(
-            mode, input, hx, params, has_biases, num_layers, dropout, bidirectional, lengths, reset
-        )
+            mode, input, hx, params, has_biases, num_layers, dropout, bidirectional, lengths, reset,
+            recompute,
+        )  # fmt: skip
     rank = input.dim()
     if rank != 3 and rank != 2:
         noun = "D tensor" if mode.startswith("RNN") else "D"
@@ -191,7 +198,7 @@ def recurrent(
             reset = reset.transpose(0, 1)
     y, h_n, c_n = _run_layers(
         mode, x, lengths, None, reset, h0, c0, params, has_biases, num_layers, dropout,
-        bidirectional,
+        bidirectional, recompute,
     )  # fmt: skip
     if cell_dtype is not None:
         c_n = c_n.to(cell_dtype)
@@ -215,6 +222,7 @@ def _recurrent_packed(
     bidirectional: bool,
     lengths: Tensor | None,
     reset: Tensor | None,
+    recompute: bool,
 ) -> tuple[PackedSequence, Any]:
     """A PackedSequence's layers. Its rows are sorted by length; hx and h_n are not."""
     for name, value in (("lengths", lengths), ("reset", reset)):
@@ -237,7 +245,7 @@ def _recurrent_packed(
         c0 = None if c0 is None else c0.index_select(1, sorted_indices)
     y, h_n, c_n = _run_layers(
         mode, x, None, batch_sizes, None, h0, c0, params, has_biases, num_layers, dropout,
-        bidirectional,
+        bidirectional, recompute,
     )  # fmt: skip
     if cell_dtype is not None:
         c_n = c_n.to(cell_dtype)
@@ -324,12 +332,14 @@ def _run_layers(
     num_layers: int,
     dropout: float,
     bidirectional: bool,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stack of layers over time-major or packed x."""
     if num_layers == 1:
         return layer(
-            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional
-        )
+            mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases, bidirectional,
+            recompute,
+        )  # fmt: skip
     directions = 2 if bidirectional else 1
     per_layer = len(params) // num_layers
     h0s = [None] * num_layers if h0 is None else h0.split(directions)
@@ -341,7 +351,7 @@ def _run_layers(
         own = params[index * per_layer : (index + 1) * per_layer]
         x, h_n, c_n = layer(
             mode, x, lengths, batch_sizes, reset, h0s[index], c0s[index], own, has_biases,
-            bidirectional,
+            bidirectional, recompute,
         )  # fmt: skip
         h_ns.append(h_n)
         c_ns.append(c_n)

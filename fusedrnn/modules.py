@@ -24,6 +24,16 @@ __all__ = ["GRU", "LSTM", "RNN"]
 class _FusedRNNBase(RNNBase):
     """What RNN, LSTM and GRU share: reading the parameters, and the call."""
 
+    recompute: bool = False
+
+    def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        super().__init__(mode, *args, **kwargs)
+        if recompute:  # else the class's: the attributes of an instance are torch.nn's
+            self.recompute = True
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read each parameter where it lies."""
 
@@ -84,7 +94,7 @@ class _FusedRNNBase(RNNBase):
                 params = [*map(own["_parameters"].get, own["_flat_weights_names"])]
                 found = _C.plain_layer(
                     own["mode"], input, hx, params, bool(own["bias"]), own["bidirectional"],
-                    own["batch_first"],
+                    own["batch_first"], own.get("recompute", False),
                 )  # fmt: skip
                 if found is not None:
                     return found
@@ -100,6 +110,7 @@ class _FusedRNNBase(RNNBase):
             self.batch_first,
             lengths,
             reset,
+            self.recompute,
             try_plain=False,
         )
 
@@ -109,6 +120,7 @@ class RNN(_FusedRNNBase):
 
     ``h_t = tanh(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh)``, or ReLU for tanh. Constructor and
     parameters are those of ``torch.nn.RNN``; :meth:`forward` also takes ``lengths`` and ``reset``.
+    ``recompute``, see :class:`LSTM`, changes nothing: only the output is kept for backward.
     """
 
     @overload
@@ -124,6 +136,8 @@ class RNN(_FusedRNNBase):
         bidirectional: bool = False,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool = False,
     ) -> None: ...
 
     @overload
@@ -144,6 +158,11 @@ class LSTM(_FusedRNNBase):
     ``c_t = f c_(t-1) + i g``; ``h_t = o tanh(c_t)``, times ``W_hr`` with ``proj_size`` (Hochreiter
     & Schmidhuber 1997; Gers et al. 2000; Sak et al. 2014). Constructor and parameters are those of
     ``torch.nn.LSTM``; :meth:`forward` also takes ``lengths`` and ``reset``.
+
+    ``recompute=True`` keeps no gates for the backward pass, which makes them anew from input and
+    output: what training holds beside these is one c for some 256 rows of all steps, instead of 5H
+    values for each row and step, for up to a third more time. On the CPU. An attribute of the same
+    name, which may be set at any time.
     """
 
     @overload
@@ -159,6 +178,8 @@ class LSTM(_FusedRNNBase):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool = False,
     ) -> None: ...
 
     @overload
@@ -179,7 +200,8 @@ class GRU(_FusedRNNBase):
     ``r, z = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh)``;
     ``n = tanh(W_in x_t + b_in + r (W_hn h_(t-1) + b_hn))``; ``h_t = (1 - z) n + z h_(t-1)``
     (Cho et al. 2014, with torch.nn's place of the reset gate). Constructor and parameters are those
-    of ``torch.nn.GRU``; :meth:`forward` also takes ``lengths`` and ``reset``.
+    of ``torch.nn.GRU``; :meth:`forward` also takes ``lengths`` and ``reset``. ``recompute=True``
+    keeps no gates for the backward pass, as in :class:`LSTM`, here nothing but the output.
     """
 
     @overload
@@ -194,6 +216,8 @@ class GRU(_FusedRNNBase):
         bidirectional: bool = False,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool = False,
     ) -> None: ...
 
     @overload

@@ -42,7 +42,7 @@ class Call:
             values[14:16] = []
         if name in ("forward", "saving"):
             values = [values[i] for i in (0, 4, 5, 6, 7, 8, 9, 10, 16, 17)] + [name == "saving"]
-        names = [argument.name for argument in self.op._schema.arguments]
+        names = [argument.name for argument in self.op._schema.arguments][: len(values)]
         self.args = dict(zip(names, values, strict=True))
 
     def slices(self, names: Sequence[str]) -> list[dict[str, Any]]:

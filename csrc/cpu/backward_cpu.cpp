@@ -1,10 +1,12 @@
 // The backward op on the CPU: allocation, chunks of time, teams.
 #include <torch/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu/ops_cpu.h"
+#include "cpu/recompute.h"
 
 namespace fusedrnn {
 namespace {
@@ -40,9 +42,10 @@ class BackwardRun {
         output_(layer.sizes.output_padded()),
         width_(saved_blocks(layer.cell) * hidden_),
         stride_(row_stride<E>(width_)),
-        direct_(in.gates.scalar_type() == kDtype<E>),
+        recomputes_(in.recomputes(layer)),
+        direct_(in.gates.scalar_type() == kDtype<E> || recomputes_),
         work_(workload_of(layer, schedule_, 3)),
-        bounds_(chunk_bounds(schedule_, work_)),
+        bounds_(recomputes_ ? segment_bounds(schedule_) : chunk_bounds(schedule_, work_)),
         most_rows_(chunk_rows(schedule_, bounds_)),
         x_(in.layer.x),
         y_(in.y),
@@ -62,6 +65,7 @@ class BackwardRun {
     for (int d = 0; d < layer.directions; ++d) describe(d, storage, out);
     allocate();
     fill_states();
+    if (recomputes_) recompute_.emplace(layer, storage, in, work_, bounds_);
   }
 
   void run() {
@@ -69,6 +73,7 @@ class BackwardRun {
     const int64_t chunks = static_cast<int64_t>(bounds_.size()) - 1;
     for (int64_t i = 0; i < chunks; ++i) {
       for (int d = 0; d < layer_.directions; ++d) enter_chunk(d, i);
+      if (recomputes_) recompute_->run(args_.direction);
       const Workload now = workload_in_chunk(work_, schedule_, args_.direction);
       run_team(
           at::get_num_threads(), layer_.directions,
@@ -93,10 +98,10 @@ class BackwardRun {
     dir.y = y_.data() + d * sizes.output;
     dir.y_stride = dir.dy_stride = layer_.directions * sizes.output;
     if (dy_.data() != nullptr) dir.dy = dy_.data() + d * sizes.output;
-    dir.gates_stride = direct_ ? layer_.directions * stride_ : stride_;
+    dir.gates_stride = direct_ && !recomputes_ ? layer_.directions * stride_ : stride_;
     dir.dgates_stride = stride_;
     if (has_cell_state(layer_.cell)) dir.cells = cells_.data() + d * hidden_;
-    dir.cells_stride = layer_.directions * hidden_;
+    dir.cells_stride = recomputes_ ? hidden_ : layer_.directions * hidden_;
     if (out.dh0.defined()) {
       dir.dh0 = data_or_null<S>(out.dh0) + d * layer_.batch * sizes.output;
     }
@@ -131,7 +136,7 @@ class BackwardRun {
     args_.dgates_apart = most_rows_ * stride_ + (apart ? kPage / sizeof(E) : 0);
     if (apart) scratch_.want(&args_.group_rows, most_rows_);
     const int64_t row_words = apart ? words_before<E>(most_rows_, groups) : words_of<E>(most_rows_);
-    args_.rows_stride = layer_.batch;
+    args_.rows_stride = rows_apart(layer_.batch);
     scratch_.want(&args_.rows, threads * args_.rows_stride);
     scratch_.want(&args_.previous, most_rows_);
     scratch_.want(&args_.panels[0], row_words * whole_panels(sizes.input));
@@ -203,7 +208,7 @@ class BackwardRun {
     BackwardDirection<S, E>& dir = args_.direction[d];
     dir.chunk = chunk_of(bounds_, index, dir.reverse, true);
     const int64_t first = schedule_.row0[dir.chunk.begin];
-    if (layer_.cell == Cell::kRnnTanh || layer_.cell == Cell::kRnnRelu) return;
+    if (layer_.cell == Cell::kRnnTanh || layer_.cell == Cell::kRnnRelu || recomputes_) return;
     if (direct_) {
       dir.gates = gates_.data() + (first * layer_.directions + d) * stride_;
       return;
@@ -219,7 +224,8 @@ class BackwardRun {
   const BackwardInputs& in_;
   const int64_t hidden_, output_;  // padded
   const int64_t width_, stride_;   // of a row of gates
-  const bool direct_;              // gates are kept in the arithmetic's type
+  const bool recomputes_;
+  const bool direct_;  // gates are kept in the arithmetic's type
   const Workload work_;
   const std::vector<int64_t> bounds_;
   const int64_t most_rows_;
@@ -234,6 +240,7 @@ class BackwardRun {
   S* zeros_ = nullptr;
   E *h0_copy_[2] = {}, *widened_[2] = {};
   S *c0_copy_[2] = {}, *dh_n_copy_[2] = {};
+  std::optional<Recompute<S, E>> recompute_;
 };
 
 Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
@@ -247,7 +254,7 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   const Layer layer(mode, in, has_biases, bidirectional);
   const ScheduleStorage storage(layer, in);
   const BackwardInputs saved{in, dy, dh_n, dc_n, y, gates, cells};
-  check_backward(layer, saved, output_mask);
+  check_backward(layer, saved, output_mask, /*may_recompute=*/true);
 
   const auto exact = x.options().dtype(layer.accumulate);
   const int64_t directions = layer.directions;

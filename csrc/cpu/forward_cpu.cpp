@@ -23,9 +23,28 @@ bool began_at_other_end(const at::Tensor& weights) {
   return ((began ^= bit) & bit) != 0;
 }
 
+// Copies the cell states with which the walk leaves segment i for the next one.
+template <class S, class W>
+void keep_between_segments(const ForwardArgs<S, W>& args, const std::vector<int64_t>& bounds,
+                           int64_t i, S* cells) {
+  const Schedule& schedule = args.schedule;
+  const int64_t hidden = args.sizes.hidden_padded();
+  const int64_t segments = static_cast<int64_t>(bounds.size()) - 1;
+  for (int d = 0; d < args.directions; ++d) {
+    const int64_t bound = args.direction[d].reverse ? segments - 1 - i : i + 1;
+    if (bound == 0 || bound == segments) continue;
+    for (int64_t b = 0; b < schedule.rows[bounds[bound]]; ++b) {
+      const S* from = args.direction[d].c + state_row(schedule, b) * hidden;
+      const int64_t row = (bound - 1) * schedule.batch + b;
+      std::copy(from, from + hidden, cells + (row * args.directions + d) * hidden);
+    }
+  }
+}
+
+// training: whether a backward call is to follow.
 template <class S, class E>
 void run_forward(const Layer& layer, const ScheduleStorage& storage, const LayerInputs& in,
-                 const at::Tensor& y, const at::Tensor& h_n, const at::Tensor& c_n,
+                 bool training, const at::Tensor& y, const at::Tensor& h_n, const at::Tensor& c_n,
                  const at::Tensor& gates, const at::Tensor& cells) {
   const Sizes& sizes = layer.sizes;
   const bool save = gates.numel() > 0;
@@ -33,13 +52,14 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
   const int64_t hidden = sizes.hidden_padded(), output = sizes.output_padded();
   const int64_t gates_width = saved_blocks(layer.cell) * hidden;
   const int64_t saved = layer.saved_width(), stride = row_stride<S>(gates_width);
-  const int64_t input_gates = gate_blocks(layer.cell) * whole_panels(hidden);
-  const Workload work = workload_of(layer, storage.view, save ? 3 : 1);
+  const bool in_segments = !save && cells.numel() > 0;
+  const Workload work = workload_of(layer, storage.view, training ? 3 : 1);
   const bool packs = worth_packing(work);
   const bool joins = packs && joins_input(work, at::get_num_threads(), current_isa().vector_bytes);
   // No gates that should stay in the cache until a step reads them: nothing to cut the walk for.
-  const std::vector<int64_t> bounds = joins && !save ? std::vector<int64_t>{0, storage.view.steps}
-                                                     : chunk_bounds(storage.view, work);
+  const std::vector<int64_t> bounds = in_segments      ? segment_bounds(storage.view)
+                                      : joins && !save ? std::vector<int64_t>{0, storage.view.steps}
+                                                       : chunk_bounds(storage.view, work);
   const int64_t most_rows = chunk_rows(storage.view, bounds);
   const int threads = most_of_plans(work, storage.view, bounds).threads;
   const std::vector<int64_t> apart =
@@ -90,16 +110,8 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
     dir.saved_stride = layer.directions * saved;
     dir.cells_stride = layer.directions * hidden;
     if (save && has_cell_state(layer.cell)) dir.cells = cells.mutable_data_ptr<S>() + d * hidden;
-    if (packs) {
-      const int64_t inputs = words_of<E>(sizes.input), outputs = words_of<E>(sizes.output);
-      if (!joins) scratch.want(&dir.packed.input, input_gates * inputs);
-      scratch.want(&dir.packed.recurrent, input_gates * (joins ? inputs + outputs : outputs));
-      if (sizes.projected) {
-        scratch.want(&dir.packed.projection, whole_panels(output) * words_of<E>(sizes.hidden));
-      }
-    }
-    scratch.want(&dir.packed.bias, input_gates);
-    scratch.want(&dir.packed.bias_hn, hidden);
+    if (packs) want_packed<E>(scratch, layer, joins, dir.packed);
+    want_biases(scratch, layer, dir.packed);
     for (S*& h : dir.h) scratch.want(&h, states * (args.joined + output));
     if (has_cell_state(layer.cell)) {
       if (walks_in_c_n) {
@@ -115,19 +127,13 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
       scratch.want(&dir.gates, (in_one_place ? 1 : threads) * most_rows * stride);
     }
   }
-  if constexpr (narrow) {
-    args.factors_stride = padded(most_rows);
-    args.words_stride =
-        most_rows * words_of<E>(padded(std::max({sizes.input, sizes.hidden, sizes.output})));
-    scratch.want(&args.factors, threads * args.factors_stride);
-    scratch.want(&args.words, threads * args.words_stride);
-  }
+  if constexpr (narrow) want_words<E>(scratch, threads, most_rows, args);
   if (!packs && most_rows >= kLeastAcross) {
     args.across_stride = whole_panels(std::min(most_rows, kMostAcross)) *
                          words_of<E>(std::max(sizes.input + sizes.output, sizes.hidden));
     scratch.want(&args.across, threads * args.across_stride);
   }
-  args.rows_stride = layer.batch;
+  args.rows_stride = rows_apart(layer.batch);
   scratch.want(&args.rows, threads * args.rows_stride);
   if (threads > 1 && !joins) {
     args.group_rows_stride = padded(most_rows);
@@ -179,6 +185,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
         at::get_num_threads(), layer.directions,
         [&](int threads) { return plan_team(now, threads); },
         [&](const Slot& slot) { kernel(args, slot); });
+    if (in_segments) keep_between_segments(args, bounds, i, cells.mutable_data_ptr<S>());
     for (int d = 0; d < layer.directions; ++d) {
       ForwardDirection<S, Word<E>>& dir = args.direction[d];
       dir.turn ^= (dir.chunk.end - dir.chunk.begin) & 1;
@@ -216,7 +223,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
 Outputs layer_forward(const std::string& mode, const at::Tensor& x, const OptionalTensor& lengths,
                       const OptionalTensor& batch_sizes, const OptionalTensor& reset,
                       const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
-                      bool has_biases, bool bidirectional, bool save) {
+                      bool has_biases, bool bidirectional, bool save, bool recompute) {
   const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
   const Layer layer(mode, in, has_biases, bidirectional);
   const ScheduleStorage storage(layer, in);
@@ -233,7 +240,8 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
       layer.one_step && narrow ? at::Tensor() : plain_empty(layer.state_shape(sizes.output), kept);
   at::Tensor y = layer.one_step && !narrow ? h_n : empty_tensor(layer.y_shape(), kept);
   if (storage.padded) zero_padding(y, layer, storage.view);
-  const bool save_gates = save && saved_blocks(layer.cell) > 1, save_cells = save && lstm;
+  const bool save_gates = save && saved_blocks(layer.cell) > 1 && !recompute;
+  const bool save_cells = save && lstm;
   const auto empty_where = [](bool wanted, at::IntArrayRef shape,
                               const at::TensorOptions& options) {
     return wanted ? empty_tensor(shape, options) : plain_empty({0}, options);
@@ -241,8 +249,7 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   const at::Tensor c_n = empty_where(lstm, layer.state_shape(sizes.hidden), kept);
   const at::Tensor gates =
       empty_where(save_gates, {layer.rows, directions, layer.saved_width()}, x.options());
-  const at::Tensor cells =
-      empty_where(save_cells, {layer.rows, directions, sizes.hidden_padded()}, exact);
+  const at::Tensor cells = empty_where(save_cells, layer.cells_shape(recompute), exact);
   // What no step reaches: the same call gives the same tensors.
   const int64_t gates_width = saved_blocks(layer.cell) * sizes.hidden_padded();
   if (save_gates && layer.saved_width() > gates_width) {
@@ -251,10 +258,11 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   if (storage.padded) {
     const int64_t valid = storage.view.row0[storage.view.steps];
     if (save_gates) gates.narrow(0, valid, layer.rows - valid).zero_();
-    if (save_cells) cells.narrow(0, valid, layer.rows - valid).zero_();
+    if (save_cells && !recompute) cells.narrow(0, valid, layer.rows - valid).zero_();
   }
+  if (save_cells && recompute && (storage.padded || layer.packed)) cells.zero_();
   with_types(layer, [&]<class S, class E>() {
-    run_forward<S, E>(layer, storage, in, y, h_n, c_n, gates, cells);
+    run_forward<S, E>(layer, storage, in, save, y, h_n, c_n, gates, cells);
   });
   if (layer.one_step) {
     if (narrow) h_n = y;

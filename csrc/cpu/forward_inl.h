@@ -24,6 +24,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
   void walk() {
     turn_ = d_.turn;
     const Chunk& chunk = d_.chunk;
+    if (known()) return step(chunk.begin);
     if (joined_ > 0 && chunk.first) {
       join_input(d_.reverse ? chunk.end - 1 : chunk.begin, d_.h[turn_]);
       slot_.wait_parts();
@@ -60,23 +61,58 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
       row.c = d_.c + state_row(schedule_, b) * hidden_;
       row.c_prev = cut ? zeros_ : row.c;
       if (save_) row.cells = d_.cells + packed_row * d_.cells_stride;
+      if (sizes_.projected) row.h_tilde = d_.h_tilde + state_row(schedule_, b) * hidden_;
     }
     // Beside the step's x stand zeros already.
     row.h_prev = cut && joined_ == 0 ? zeros_ : state_at(d_.h[turn_], b);
+    row.left = row.h_prev - joined_inputs_;
     row.h = state_at(d_.h[turn_ ^ 1], b);
     row.y = io_row(schedule_, packed_row) * d_.y_stride;
     return row;
   }
 
+  // Whether the states are, of a cell of which more than its state is kept for backward.
+  bool known() const { return saved_blocks(kCell) > 1 && d_.known != nullptr; }
+
+  // The same where states are known: what the product reads lies in the output, and none is made.
+  Row known_row_of(int64_t t, int64_t b) const {
+    const int64_t before = previous_row(schedule_, d_.reverse, t, b);
+    Row row = row_of(t, b);
+    if (!is_reset(d_.reset, schedule_, t, b) && before >= 0) {
+      row.left = d_.known + io_row(schedule_, before) * d_.y_stride;
+      if (kCell == Cell::kLstm) row.c_prev = d_.cells + before * d_.cells_stride;
+    }
+    row.c = row.cells;
+    row.h_prev = zeros_;
+    row.y = slot_.thread * std::max(hidden_, output_);
+    row.h = row.h_tilde = d_.h[1] + row.y;
+    return row;
+  }
+
+  // This group's rows of all the chunk's steps, each behind the one that it takes its cell from.
+  __attribute__((noinline)) Range known_rows() const {
+    const Chunk& chunk = d_.chunk;
+    Range rows = {0, 0};
+    for (int64_t i = 0; i < chunk.end - chunk.begin; ++i) {
+      const int64_t t = d_.reverse ? chunk.end - 1 - i : chunk.begin + i;
+      const int64_t end = std::min(own_rows_.end, schedule_.rows[t]);
+      for (int64_t b = own_rows_.begin; b < end; ++b) {
+        ::new (&rows_[rows.end++]) Row(known_row_of(t, b));
+      }
+    }
+    return rows;
+  }
+
+  // Step t, or where states are known, all the chunk's.
   void step(int64_t t) {
-    const Range mine = {own_rows_.begin, std::min(own_rows_.end, schedule_.rows[t])};
+    const bool known = this->known();
+    const Range mine =
+        known ? known_rows() : Range{own_rows_.begin, std::min(own_rows_.end, schedule_.rows[t])};
     // Made in place: a copy would read wide what was just written in pieces, and wait for it.
-    for (int64_t b = mine.begin; b < mine.end; ++b) ::new (&rows_[b]) Row(row_of(t, b));
+    for (int64_t b = mine.begin; !known && b < mine.end; ++b) ::new (&rows_[b]) Row(row_of(t, b));
     const Row* const at_row = rows_;
-    const int64_t in_front = joined_inputs_;
     const bool from_end = (turn_ != 0) != other_end_first_;
-    const auto left = [&](int64_t b)
-                          __attribute__((always_inline)) { return at_row[b].h_prev - in_front; };
+    const auto left = [&](int64_t b) __attribute__((always_inline)) { return at_row[b].left; };
     const auto put_output = [&](int64_t b, int64_t unit, Vec<S> h) __attribute__((always_inline)) {
       const Row& row = at_row[b];
       store(row.h + unit, h);
@@ -89,7 +125,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
     };
 
     // In a single step nobody has written any before.
-    if (slot_.parts > 1 && schedule_.steps > 1) fetch_states(mine);
+    if (slot_.parts > 1 && schedule_.steps > 1 && !known) fetch_states(mine);
 
     const CellStep cell = {hidden_, save_, d_.packed.bias_hn};
     const auto fetch_of = [&](const Row& row, int64_t unit) __attribute__((always_inline)) {
@@ -114,7 +150,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
     // The states are near: every step has them. Not before a barrier, which it would hold up; of
     // the other cells it made no step quicker.
     const int64_t next = d_.reverse ? t - 1 : t + 1;
-    const bool ahead = kCell == Cell::kLstm && slot_.parts == 1;
+    const bool ahead = kCell == Cell::kLstm && slot_.parts == 1 && !known;
     const int64_t rows_next = ahead ? rows_in_chunk(schedule_, d_.chunk, next) : 0;
     const auto fetch_next_step = [&](int64_t b, int64_t panel) __attribute__((always_inline)) {
       if (b < rows_next) fetch_of(row_of(next, b), panel * Panel::blocks * kLanes<S>);
@@ -154,7 +190,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
         if (!exists) return;
         const Vec<S> h = cell.finish(half[r][block], at_row[b0 + r], unit);
         if (kCell == Cell::kLstm && sizes_.projected) {
-          store(d_.h_tilde + state_row(schedule_, b0 + r) * hidden_ + unit, h);
+          store(at_row[b0 + r].h_tilde + unit, h);
         } else {
           put_output(b0 + r, unit, h);
         }
@@ -186,6 +222,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
         multiply(panels);
       }
     }
+    if (known) return;
     if constexpr (kCell == Cell::kLstm) {
       if (sizes_.projected) {
         slot_.wait_parts();
@@ -200,7 +237,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
   // h = W_hr h_tilde
   template <class Put>
   __attribute__((noinline)) void project_output(Range rows, Put put_output) const {
-    const auto h_tilde = [&](int64_t b) { return d_.h_tilde + state_row(schedule_, b) * hidden_; };
+    const auto h_tilde = [&](int64_t b) { return rows_[b].h_tilde; };
     const auto put = [&]<int R, int NV>(const Tile<S, R, NV>& tile, int64_t b0, int64_t panel)
                          __attribute__((always_inline)) {
 #pragma GCC unroll 8

@@ -186,6 +186,39 @@ struct WeightValues {
   }
 };
 
+// Room for the weights in the order in which forward's kernels read them.
+template <class E, class S>
+void want_packed(Scratch& scratch, const Layer& layer, bool joins,
+                 PackedWeights<S, Word<E>>& packed) {
+  const Sizes& sizes = layer.sizes;
+  const int64_t gates = gate_blocks(layer.cell) * whole_panels(sizes.hidden_padded());
+  const int64_t inputs = words_of<E>(sizes.input), outputs = words_of<E>(sizes.output);
+  if (!joins) scratch.want(&packed.input, gates * inputs);
+  scratch.want(&packed.recurrent, gates * (joins ? inputs + outputs : outputs));
+  if (sizes.projected) {
+    scratch.want(&packed.projection,
+                 whole_panels(sizes.output_padded()) * words_of<E>(sizes.hidden));
+  }
+}
+
+template <class S, class W>
+void want_biases(Scratch& scratch, const Layer& layer, PackedWeights<S, W>& packed) {
+  const int64_t hidden = layer.sizes.hidden_padded();
+  scratch.want(&packed.bias, gate_blocks(layer.cell) * whole_panels(hidden));
+  scratch.want(&packed.bias_hn, hidden);
+}
+
+// Room for rows in words, of values that are kept as E.
+template <class E, class S>
+void want_words(Scratch& scratch, int threads, int64_t rows, ForwardArgs<S, Word<E>>& args) {
+  const Sizes& sizes = args.sizes;
+  args.factors_stride = padded(rows);
+  args.words_stride =
+      rows * words_of<E>(padded(std::max({sizes.input, sizes.hidden, sizes.output})));
+  scratch.want(&args.factors, threads * args.factors_stride);
+  scratch.want(&args.words, threads * args.words_stride);
+}
+
 // Whether a state's rows of (units) lie in the caller's tensor as the kernels read them.
 inline bool lies_as_read(int64_t units, const Schedule& schedule) {
   return schedule.order == nullptr && schedule.state_row == nullptr && units == padded(units);

@@ -224,4 +224,12 @@ std::vector<int64_t> chunk_bounds(const Schedule& schedule, const Workload& work
   return bounds;
 }
 
+std::vector<int64_t> segment_bounds(const Schedule& schedule) {
+  std::vector<int64_t> bounds;
+  const int64_t each = segment_steps(schedule.batch);
+  for (int64_t t = 0; t < schedule.steps; t += each) bounds.push_back(t);
+  bounds.push_back(schedule.steps);
+  return bounds;
+}
+
 }  // namespace fusedrnn

@@ -62,6 +62,10 @@ bool depends_on_distance(Workload work, int threads);
 // near one of another's: Schedule::state_row. Empty where there is one group.
 std::vector<int64_t> state_rows(const Workload& work, int threads, int64_t row_bytes);
 
+// From where one thread describes its rows of a step (ForwardRow, BackwardRow: more than a line each)
+// to where the next one does: no line is both's.
+constexpr int64_t rows_apart(int64_t rows) { return rows + 1; }
+
 // Whether groups sum the weights' gradients over their own rows apart from each other, and add them
 // up in the end, in place of all threads' sharing each sum: no row then crosses from one core to
 // another.
@@ -72,5 +76,8 @@ int64_t chunk_target(Cell cell, const Sizes& sizes, int64_t value_size);
 
 // Bounds b[0] = 0 < b[1] < ... = T of the chunks of time.
 std::vector<int64_t> chunk_bounds(const Schedule& schedule, const Workload& work);
+
+// The same of segments of so many steps (segment_steps), whatever the rows that have them.
+std::vector<int64_t> segment_bounds(const Schedule& schedule);
 
 }  // namespace fusedrnn

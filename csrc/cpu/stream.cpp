@@ -258,7 +258,7 @@ class PackedLayer final : public FrozenLayer {
     threads_ = 0;  // should the allocation fail
     const int64_t most_rows = most_steps_ * batch_;
     Scratch& scratch = of_threads_.emplace();
-    args_.rows_stride = batch_;
+    args_.rows_stride = rows_apart(batch_);
     scratch.want(&args_.rows, threads * args_.rows_stride);
     if (threads > 1) {
       args_.group_rows_stride = padded(most_rows);

@@ -178,7 +178,7 @@ Results layer_tangents(const std::string& mode, const OptionalTensor& dy,
   TORCH_CHECK_TYPE(layer.dtype == layer.accumulate, "x: expected a float32 or float64 tensor, got ",
                    layer.dtype);
   const BackwardInputs saved{in, dy, dh_n, dc_n, y, gates, cells};
-  check_backward(layer, saved, output_mask);
+  check_backward(layer, saved, output_mask, /*may_recompute=*/false);
   const TangentInputs given(layer, saved, tangents, gradient_tangents);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t products = layer.rows * gate_blocks(layer.cell) * layer.sizes.hidden *

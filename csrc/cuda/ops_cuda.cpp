@@ -59,8 +59,9 @@ Layer checked(const std::string& mode, const LayerInputs& in, bool has_biases, b
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> layer_forward(
     const std::string& mode, const at::Tensor& x, const OptionalTensor& lengths,
     const OptionalTensor& batch_sizes, const OptionalTensor& reset, const OptionalTensor& h0,
-    const OptionalTensor& c0, at::TensorList params, bool has_biases, bool bidirectional,
-    bool save) {
+    const OptionalTensor& c0, at::TensorList params, bool has_biases, bool bidirectional, bool save,
+    bool recompute) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!recompute, "recompute: not on CUDA so far");
   const c10::cuda::CUDAGuard guard(x.device());
   const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
   const Layer layer = checked(mode, in, has_biases, bidirectional);
@@ -81,7 +82,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> layer_ba
   const Layer layer = checked(mode, in, has_biases, bidirectional);
   const OnDevice there(in);
   const BackwardInputs saved{there.inputs(), dy, dh_n, dc_n, y, gates, cells};
-  check_backward(layer, saved, output_mask);
+  check_backward(layer, saved, output_mask, /*may_recompute=*/false);
   BackwardResult r = backward_on_device(layer, saved, output_mask);
   return {std::move(r.dx), std::move(r.dh0), std::move(r.dc0), std::move(r.dparams)};
 }

@@ -82,7 +82,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> layer_ba
   const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
   const Layer layer(mode, in, has_biases, bidirectional);
   const BackwardInputs saved{in, dy, dh_n, dc_n, y, gates, cells};
-  check_backward(layer, saved, output_mask);
+  check_backward(layer, saved, output_mask, /*may_recompute=*/false);
   BackwardResult r = backward_on_device(layer, saved, output_mask);
   return {r.dx, r.dh0, r.dc0, r.dparams};
 }

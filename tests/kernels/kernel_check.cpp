@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <functional>
 #include <iterator>
 #include <limits>
@@ -72,6 +73,63 @@ Chunk chunk_at(const Case& c, int64_t steps, int64_t index, bool from_end) {
   const int64_t count = (steps + c.chunk - 1) / c.chunk;
   const int64_t at = from_end ? count - 1 - index : index;
   return {at * c.chunk, std::min(steps, (at + 1) * c.chunk), index == 0, index == count - 1};
+}
+
+// Gates and cells anew, from the states in y, against those of the walk that gave it: `forward` as
+// it was then.
+template <class S, class E>
+void check_known(const Case& c, const Problem& p, ForwardArgs<S, Word<E>> forward,
+                 const std::vector<E>& y, const E* saved, const S* cells) {
+  using Array = std::vector<S>;
+  const int64_t Hp = padded(c.hidden), width = saved_blocks(c.cell) * Hp, pairs = p.row0.back();
+  const std::vector<int64_t> at = state_rows(c);
+  const S nan = std::numeric_limits<S>::quiet_NaN();
+  const Values wide_states = wide(y.data(), y.size());
+  const Array known(wide_states.begin(), wide_states.end());
+  Rooms rooms;
+  Array h0 = place_rows<S>(p.h0, at, c.output, 0), c0 = place_rows<S>(p.c0, at, c.hidden);
+  std::vector<ForwardRow<S, Saved<S, Word<E>>>> rows(c.plan.threads() * pairs);
+  forward.rows = rows.data();
+  forward.rows_stride = pairs;
+  ForwardDirection<S, Word<E>>& f = forward.direction[0];
+  f.known = known.data();
+  f.turn = 0;
+  f.h[0] = h0.data();
+  f.y = f.h[1] = rooms.take<S>(c.plan.threads() * std::max(Hp, padded(c.output)));
+  f.y_half = nullptr;
+  f.c = c0.data();
+  f.h_tilde = nullptr;
+  const Array h0_before = h0, c0_before = c0;
+  for (int64_t i = 0, steps = p.steps(); i < (steps + c.chunk - 1) / c.chunk; ++i) {
+    f.chunk = chunk_at(c, steps, i, c.reverse);
+    Array anew(pairs * Hp, nan);
+    f.cells = anew.data();
+    const int64_t before = c.reverse ? f.chunk.end : f.chunk.begin - 1;
+    if (0 <= before && before < steps) {
+      std::copy(cells + p.row0[before] * Hp, cells + p.row0[before + 1] * Hp,
+                f.cells + p.row0[before] * Hp);
+    }
+    const int64_t first = p.row0[f.chunk.begin], count = p.row0[f.chunk.end] - first;
+    E* const to = rooms.take<E>(count * width);
+    if constexpr (std::is_same_v<S, E>) {
+      f.gates = to;
+    } else {
+      f.saved_half = to;
+    }
+    run(c.plan, [&](const Slot& slot) {
+      current_isa().table<S, E>().forward[static_cast<int>(c.cell)](forward, slot);
+    });
+    expect_close<E>("gates anew", c, wide(to, count * width),
+                    wide(saved + first * width, count * width));
+    if (c.cell != Cell::kLstm) continue;
+    expect_close<E>("cells anew", c, wide(f.cells + first * Hp, count * Hp),
+                    wide(cells + first * Hp, count * Hp));
+  }
+  const auto same = [](const Array& a, const Array& b) {  // NaN and all
+    return std::memcmp(a.data(), b.data(), a.size() * sizeof(S)) == 0;
+  };
+  if (!same(h0, h0_before) || !same(c0, c0_before)) fail("initial states changed", sizeof(E), c, 0);
+  if (!rooms.untouched()) fail("scratch overrun, anew", sizeof(E), c, 0);
 }
 
 // The arithmetic is S; weights, x, y and what is kept for backward are E.
@@ -183,6 +241,10 @@ void check(const Case& c, const Problem& p, const Expected& want) {
     for (int64_t b = 0; b < c.batch; ++b) {
       expect_close<E>("c_n", c, wide(&cell[at[b] * Hp], H), wide(&want.result.c_n[b * H], H));
     }
+  }
+
+  if (saved_blocks(c.cell) > 1 && joined == 0 && f.packed.recurrent != nullptr) {
+    check_known<S, E>(c, p, forward, y, saved, cells);
   }
 
   const Kept h0 = pad_rows<E>(p.h0, c.batch, P);

@@ -1,0 +1,177 @@
+// What forward has left out to save memory: gates and cells, made anew from x and y a chunk at a
+// time, just before backward reads them.
+//
+// The states are known, they are the layer's output, so nothing is walked: a chunk's rows are one
+// product, whatever its steps, and nobody waits for anybody.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cpu/ops_cpu.h"
+
+namespace fusedrnn {
+
+template <class S, class E>
+class Recompute {
+ public:
+  // A backward call over the chunks between `bounds`, which are forward's segments; to be kept as
+  // long as this.
+  Recompute(const Layer& layer, const ScheduleStorage& storage, const BackwardInputs& in,
+            const Workload& work, const std::vector<int64_t>& bounds)
+      : layer_(layer),
+        bounds_(bounds),
+        work_(work),
+        hidden_(layer.sizes.hidden_padded()),
+        stride_(row_stride<E>(saved_blocks(layer.cell) * hidden_)),
+        between_(has_cell_state(layer.cell) ? in.cells.const_data_ptr<S>() : nullptr) {
+    args_.sizes = layer.sizes;
+    args_.schedule = storage.view;
+    args_.directions = layer.directions;
+    args_.save = true;
+    const Schedule& schedule = args_.schedule;
+    const int64_t most_rows = chunk_rows(schedule, bounds);
+    const int threads = most_of_plans(work, schedule, bounds).threads;
+    const int64_t units = std::max(hidden_, layer.sizes.output_padded());
+    S* zeros = nullptr;
+    scratch_.want(&zeros, layer.sizes.zero_count());
+    args_.rows_stride = rows_apart(most_rows);
+    scratch_.want(&args_.rows, threads * args_.rows_stride);
+    if (threads > 1) {
+      args_.group_rows_stride = padded(most_rows);
+      scratch_.want(&args_.group_rows, threads * args_.group_rows_stride);
+    }
+    if constexpr (kNarrow) want_words<E>(scratch_, threads, most_rows, args_);
+    for (int d = 0; d < layer.directions; ++d) {
+      ForwardDirection<S, Word<E>>& dir = args_.direction[d];
+      weights_[d] = WeightValues<S, E>(layer, in.layer.params, d, /*biases=*/true);
+      dir.reverse = d == 1;
+      dir.weights = weights_[d].view();
+      dir.reset = storage.reset_of(d);
+      dir.cells_stride = hidden_;
+      want_packed<E>(scratch_, layer, /*joins=*/false, dir.packed);
+      want_biases(scratch_, layer, dir.packed);
+      scratch_.want(&dir.h[0], layer.batch * layer.sizes.output_padded());
+      scratch_.want(&dir.h[1], threads * units);
+      dir.gates_stride = row_stride<S>(saved_blocks(layer.cell) * hidden_);
+      scratch_.want(&dir.gates, most_rows * dir.gates_stride);
+      if constexpr (kNarrow) {
+        dir.saved_stride = stride_;
+        scratch_.want(&dir.saved_half, most_rows * stride_);
+        scratch_.want(&widened_[d], most_rows_with_neighbours() * layer.sizes.output);
+      }
+      if (has_cell_state(layer.cell)) {
+        scratch_.want(&dir.c, layer.batch * hidden_);
+        scratch_.want(&cells_[d], (most_rows + layer.batch) * hidden_);
+      }
+    }
+    scratch_.allocate();
+    std::fill(zeros, zeros + layer.sizes.zero_count(), S(0));
+    args_.zeros = zeros;
+    const Values<S> h0(in.layer.h0), c0(in.layer.c0);
+    for (int d = 0; d < layer.directions; ++d) {
+      const auto part = [&](const Values<S>& states, int64_t width) {
+        return states.data() == nullptr ? nullptr : states.data() + d * layer.batch * width;
+      };
+      ForwardDirection<S, Word<E>>& dir = args_.direction[d];
+      fill_state(dir.h[0], part(h0, layer.sizes.output), layer.sizes.output, schedule);
+      if (dir.c != nullptr)
+        fill_state(dir.c, part(c0, layer.sizes.hidden), layer.sizes.hidden, schedule);
+      dir.y = dir.h[1];
+    }
+  }
+
+  // For the chunks that the directions are about to walk back: tells them where gates and cells
+  // are.
+  void run(BackwardDirection<S, E>* directions) {
+    for (int d = 0; d < layer_.directions; ++d) enter_chunk(d, directions[d]);
+    const auto kernel = current_isa().table<S, E>().forward[static_cast<int>(layer_.cell)];
+    const Workload now = workload_in_chunk(work_, args_.schedule, args_.direction);
+    run_team(
+        at::get_num_threads(), layer_.directions,
+        [&](int threads) { return plan_team(now, threads); },
+        [&](const Slot& slot) { kernel(args_, slot); });
+  }
+
+ private:
+  static constexpr bool kNarrow = !std::is_same_v<S, E>;
+
+  void enter_chunk(int d, BackwardDirection<S, E>& to) {
+    ForwardDirection<S, Word<E>>& dir = args_.direction[d];
+    const Schedule& schedule = args_.schedule;
+    dir.chunk = to.chunk;
+    if constexpr (kNarrow) {
+      dir.x_half = to.x;
+      dir.known = widen(d, to);
+      dir.y_stride = layer_.sizes.output;
+      to.gates = dir.saved_half;
+    } else {
+      dir.x = to.x;
+      dir.known = to.y;
+      dir.y_stride = to.y_stride;
+      to.gates = dir.gates;
+    }
+    if (!has_cell_state(layer_.cell)) return;
+    // The cells with which the walk came from the step before the chunk stand beside its own.
+    const auto [begin, end, first, last] = dir.chunk;
+    const int64_t t = dir.reverse ? end : begin;
+    const int64_t before = dir.reverse ? end : begin - 1;
+    dir.cells =
+        cells_[d] - schedule.row0[dir.reverse ? begin : std::max<int64_t>(before, 0)] * hidden_;
+    to.cells = dir.cells;
+    if (t == 0 || t == schedule.steps) return;
+    const int64_t bound = std::lower_bound(bounds_.begin(), bounds_.end(), t) - bounds_.begin();
+    const int64_t rows = (bound - 1) * schedule.batch;
+    for (int64_t b = 0; b < schedule.rows[t]; ++b) {
+      const S* from = between_ + ((rows + b) * layer_.directions + d) * hidden_;
+      std::copy(from, from + hidden_, dir.cells + (schedule.row0[before] + b) * hidden_);
+    }
+  }
+
+  // The first and the last step, exclusive, of a chunk and of its neighbours.
+  std::pair<int64_t, int64_t> with_neighbours(const Chunk& chunk) const {
+    return {std::max<int64_t>(chunk.begin - 1, 0), std::min(chunk.end + 1, args_.schedule.steps)};
+  }
+
+  // Rows of x and y of steps before `step`.
+  int64_t io_rows(int64_t step) const {
+    const Schedule& schedule = args_.schedule;
+    return schedule.io_row == nullptr ? schedule.row0[step] : step * schedule.batch;
+  }
+
+  int64_t most_rows_with_neighbours() const {
+    int64_t most = 0;
+    for (size_t i = 0; i + 1 < bounds_.size(); ++i) {
+      const auto [begin, end] = with_neighbours({bounds_[i], bounds_[i + 1], false, false});
+      most = std::max(most, io_rows(end) - io_rows(begin));
+    }
+    return most;
+  }
+
+  // The direction's part of y around the chunk in the arithmetic's type, (io rows, P).
+  const S* widen(int d, const BackwardDirection<S, E>& from) {
+    const auto [begin, end] = with_neighbours(from.chunk);
+    const int64_t first = io_rows(begin), output = layer_.sizes.output;
+    S* to = widened_[d] - first * output;
+    for (int64_t row = first; row < io_rows(end); ++row) {
+      const auto* y = reinterpret_cast<const c10::BFloat16*>(from.y + row * from.y_stride);
+      std::copy(y, y + output, to + row * output);
+    }
+    return to;
+  }
+
+  const Layer& layer_;
+  const std::vector<int64_t>& bounds_;
+  const Workload work_;
+  const int64_t hidden_;    // padded
+  const int64_t stride_;    // of a row of gates as backward reads them
+  const S* const between_;  // (segments - 1, B, D, Hp): cell states between segments
+  WeightValues<S, E> weights_[2];
+  ForwardArgs<S, Word<E>> args_{};
+  Scratch scratch_;
+  S *cells_[2] = {}, *widened_[2] = {};
+};
+
+}  // namespace fusedrnn
