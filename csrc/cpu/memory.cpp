@@ -13,7 +13,7 @@
 namespace fusedrnn {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
@@ -68,15 +68,21 @@ bool to_pool(Free block) {
 }  // namespace
 
 Block::Block(size_t bytes) {
-  if (bytes >= kLeastPooled) {
-    const Free block = from_pool(bytes);
-    data_ = block.data;
-    bytes_ = block.bytes;
-    if (data_ != nullptr) return;
+  if (bytes < kLeastPooled) {
+    // aligned_alloc takes thousands of instructions where malloc has such a block at hand.
+    bytes_ = 0;
+    allocated_ = std::malloc(bytes + kLine);
+    if (allocated_ == nullptr) throw std::bad_alloc();
+    data_ = reinterpret_cast<void*>(rounded(reinterpret_cast<uintptr_t>(allocated_), kLine));
+    return;
   }
-  const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
-  bytes_ = rounded(bytes > 0 ? bytes : 1, alignment);
-  data_ = std::aligned_alloc(alignment, bytes_);
+  const Free block = from_pool(bytes);
+  data_ = allocated_ = block.data;
+  bytes_ = block.bytes;
+  if (data_ != nullptr) return;
+  const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
+  bytes_ = rounded(bytes, alignment);
+  data_ = allocated_ = std::aligned_alloc(alignment, bytes_);
   if (data_ == nullptr) throw std::bad_alloc();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   // It is only advice: where the system has no huge pages, nothing changes.
@@ -86,7 +92,7 @@ Block::Block(size_t bytes) {
 
 Block::~Block() {
   const bool poolable = bytes_ >= kLeastPooled && bytes_ <= kKeptBytes;
-  if (!poolable || !to_pool({data_, bytes_})) std::free(data_);
+  if (!poolable || !to_pool({data_, bytes_})) std::free(allocated_);
 }
 
 void empty_cache() {

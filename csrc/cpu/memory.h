@@ -25,7 +25,8 @@ class Block {
 
  private:
   void* data_;
-  size_t bytes_;
+  void* allocated_;  // what holds it
+  size_t bytes_;     // 0: too few for the pool
 };
 
 // Gives what is kept back to the system.
