@@ -31,10 +31,8 @@ class Recompute {
     args_.schedule = storage.view;
     args_.directions = layer.directions;
     args_.save = true;
-    const Schedule& schedule = args_.schedule;
-    const int64_t most_rows = chunk_rows(schedule, bounds);
-    const int threads = most_of_plans(work, schedule, bounds).threads;
-    const int64_t units = std::max(hidden_, layer.sizes.output_padded());
+    const int64_t most_rows = chunk_rows(args_.schedule, bounds);
+    const int threads = most_of_plans(work, args_.schedule, bounds).threads;
     S* zeros = nullptr;
     scratch_.want(&zeros, layer.sizes.zero_count());
     args_.rows_stride = rows_apart(most_rows);
@@ -50,37 +48,12 @@ class Recompute {
       dir.reverse = d == 1;
       dir.weights = weights_[d].view();
       dir.reset = storage.reset_of(d);
-      dir.cells_stride = hidden_;
-      want_packed<E>(scratch_, layer, /*joins=*/false, dir.packed);
-      want_biases(scratch_, layer, dir.packed);
-      scratch_.want(&dir.h[0], layer.batch * layer.sizes.output_padded());
-      scratch_.want(&dir.h[1], threads * units);
-      dir.gates_stride = row_stride<S>(saved_blocks(layer.cell) * hidden_);
-      scratch_.want(&dir.gates, most_rows * dir.gates_stride);
-      if constexpr (kNarrow) {
-        dir.saved_stride = stride_;
-        scratch_.want(&dir.saved_half, most_rows * stride_);
-        scratch_.want(&widened_[d], most_rows_with_neighbours() * layer.sizes.output);
-      }
-      if (has_cell_state(layer.cell)) {
-        scratch_.want(&dir.c, layer.batch * hidden_);
-        scratch_.want(&cells_[d], (most_rows + layer.batch) * hidden_);
-      }
+      want_scratch(d, most_rows, threads);
     }
     scratch_.allocate();
     std::fill(zeros, zeros + layer.sizes.zero_count(), S(0));
     args_.zeros = zeros;
-    const Values<S> h0(in.layer.h0), c0(in.layer.c0);
-    for (int d = 0; d < layer.directions; ++d) {
-      const auto part = [&](const Values<S>& states, int64_t width) {
-        return states.data() == nullptr ? nullptr : states.data() + d * layer.batch * width;
-      };
-      ForwardDirection<S, Word<E>>& dir = args_.direction[d];
-      fill_state(dir.h[0], part(h0, layer.sizes.output), layer.sizes.output, schedule);
-      if (dir.c != nullptr)
-        fill_state(dir.c, part(c0, layer.sizes.hidden), layer.sizes.hidden, schedule);
-      dir.y = dir.h[1];
-    }
+    fill_states(in.layer);
   }
 
   // For the chunks that the directions are about to walk back: tells them where gates and cells
@@ -98,6 +71,42 @@ class Recompute {
  private:
   static constexpr bool kNarrow = !std::is_same_v<S, E>;
 
+  void want_scratch(int d, int64_t most_rows, int threads) {
+    ForwardDirection<S, Word<E>>& dir = args_.direction[d];
+    const int64_t output = layer_.sizes.output_padded();
+    want_packed<E>(scratch_, layer_, /*joins=*/false, dir.packed);
+    want_biases(scratch_, layer_, dir.packed);
+    scratch_.want(&dir.h[0], layer_.batch * output);
+    scratch_.want(&dir.h[1], threads * std::max(hidden_, output));
+    dir.gates_stride = row_stride<S>(saved_blocks(layer_.cell) * hidden_);
+    scratch_.want(&dir.gates, most_rows * dir.gates_stride);
+    if constexpr (kNarrow) {
+      dir.saved_stride = stride_;
+      scratch_.want(&dir.saved_half, most_rows * stride_);
+      scratch_.want(&widened_[d], most_rows_with_neighbours() * layer_.sizes.output);
+    }
+    dir.cells_stride = hidden_;
+    if (has_cell_state(layer_.cell)) {
+      scratch_.want(&dir.c, layer_.batch * hidden_);
+      scratch_.want(&cells_[d], (most_rows + layer_.batch) * hidden_);
+    }
+  }
+
+  void fill_states(const LayerInputs& in) {
+    const Values<S> h0(in.h0), c0(in.c0);
+    for (int d = 0; d < layer_.directions; ++d) {
+      ForwardDirection<S, Word<E>>& dir = args_.direction[d];
+      const auto fill = [&](S* to, const Values<S>& states, int64_t units) {
+        const S* from = states.data();
+        if (from != nullptr) from += d * layer_.batch * units;
+        fill_state(to, from, units, args_.schedule);
+      };
+      fill(dir.h[0], h0, layer_.sizes.output);
+      if (dir.c != nullptr) fill(dir.c, c0, layer_.sizes.hidden);
+      dir.y = dir.h[1];
+    }
+  }
+
   void enter_chunk(int d, BackwardDirection<S, E>& to) {
     ForwardDirection<S, Word<E>>& dir = args_.direction[d];
     const Schedule& schedule = args_.schedule;
@@ -114,12 +123,12 @@ class Recompute {
       to.gates = dir.gates;
     }
     if (!has_cell_state(layer_.cell)) return;
-    // The cells with which the walk came from the step before the chunk stand beside its own.
-    const auto [begin, end, first, last] = dir.chunk;
-    const int64_t t = dir.reverse ? end : begin;
-    const int64_t before = dir.reverse ? end : begin - 1;
-    dir.cells =
-        cells_[d] - schedule.row0[dir.reverse ? begin : std::max<int64_t>(before, 0)] * hidden_;
+    // Beside the chunk's own cells stand those of the step walked just before it: behind them in
+    // the reverse direction, else in front.
+    const int64_t t = dir.reverse ? dir.chunk.end : dir.chunk.begin;  // where the chunk begins
+    const int64_t before = dir.reverse ? t : t - 1;
+    const int64_t first_step = dir.reverse ? dir.chunk.begin : std::max<int64_t>(before, 0);
+    dir.cells = cells_[d] - schedule.row0[first_step] * hidden_;
     to.cells = dir.cells;
     if (t == 0 || t == schedule.steps) return;
     const int64_t bound = std::lower_bound(bounds_.begin(), bounds_.end(), t) - bounds_.begin();
