@@ -75,7 +75,7 @@ at::Tensor lifted(const at::Tensor& t) { return t.defined() ? t.unsqueeze(0) : t
 at::Tensor lowered(const at::Tensor& t) { return t.defined() ? t.squeeze(0) : t; }
 
 struct SavedTensors {
-  std::string mode;
+  const std::string& mode;
   bool has_biases, bidirectional;
   variable_list tensors;  // x, lengths, batch_sizes, reset, h0, c0, y, gates, cells, *params
 
@@ -90,6 +90,7 @@ struct SavedTensors {
 variable_list everyday_gradients(const SavedTensors& s, const variable_list& cotangents,
                                  const std::vector<bool>& wanted) {
   c10::List<bool> mask;
+  mask.reserve(wanted.size());
   for (const bool one : wanted) mask.push_back(one);
   auto [dx, dh0, dc0, dparams] = backward_op()(
       s.mode, optional(cotangents[0]), optional(cotangents[1]), optional(cotangents[2]),
@@ -137,6 +138,12 @@ variable_list composed_gradients(SavedTensors s, variable_list cotangents,
 // The c_n of cells without one, which is empty, leaves by a side door: compiled autograd refuses a
 // node with outputs that cannot be differentiated.
 class LayerNode : public torch::autograd::Function<LayerNode> {
+  // One value, as each of them takes an allocation or two.
+  static constexpr const char* kOptions = "options";
+  static int64_t options_of(Cell cell, bool has_biases, bool bidirectional) {
+    return static_cast<int64_t>(cell) << 2 | int64_t{has_biases} << 1 | int64_t{bidirectional};
+  }
+
  public:
   static variable_list forward(AutogradContext* ctx, const std::string& mode, const at::Tensor& x,
                                const OptionalTensor& h0, const OptionalTensor& c0,
@@ -158,9 +165,7 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
                            cells};
     saved.insert(saved.end(), params.begin(), params.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["mode"] = mode;
-    ctx->saved_data["has_biases"] = has_biases;
-    ctx->saved_data["bidirectional"] = bidirectional;
+    ctx->saved_data[kOptions] = options_of(cell_of(mode), has_biases, bidirectional);
     ctx->set_materialize_grads(false);
     variable_list outputs;
     if (!one_step) outputs.push_back(std::move(y));
@@ -175,9 +180,9 @@ class LayerNode : public torch::autograd::Function<LayerNode> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto defined = [](const at::Tensor& t) { return t.defined(); };
-    const SavedTensors saved{ctx->saved_data["mode"].toStringRef(),
-                             ctx->saved_data["has_biases"].toBool(),
-                             ctx->saved_data["bidirectional"].toBool(), ctx->get_saved_variables()};
+    const int64_t options = ctx->saved_data[kOptions].toInt();
+    const SavedTensors saved{mode_of(static_cast<Cell>(options >> 2)), (options & 2) != 0,
+                             (options & 1) != 0, ctx->get_saved_variables()};
     // One for each of forward's arguments: mode, x, h0, c0, *params, in, has_biases, bidirectional,
     // recompute, no_cell_state.
     variable_list result(saved.params().size() + 9);

@@ -5,11 +5,15 @@
 
 namespace fusedrnn {
 
+const std::string& mode_of(Cell cell) {
+  static const std::string modes[kCells] = {"LSTM", "GRU", "RNN_TANH", "RNN_RELU"};
+  return modes[static_cast<int>(cell)];
+}
+
 Cell cell_of(const std::string& mode) {
-  if (mode == "LSTM") return Cell::kLstm;
-  if (mode == "GRU") return Cell::kGru;
-  if (mode == "RNN_TANH") return Cell::kRnnTanh;
-  if (mode == "RNN_RELU") return Cell::kRnnRelu;
+  for (const Cell cell : {Cell::kLstm, Cell::kGru, Cell::kRnnTanh, Cell::kRnnRelu}) {
+    if (mode == mode_of(cell)) return cell;
+  }
   TORCH_CHECK_VALUE(false, "mode: expected 'LSTM', 'GRU', 'RNN_TANH' or 'RNN_RELU', got '", mode,
                     "'");
 }

@@ -17,6 +17,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // By the name that the ops use; throws c10::ValueError for another.
 Cell cell_of(const std::string& mode);
+const std::string& mode_of(Cell cell);
 
 // The tensors of a layer call, as the op's schema has them (ops.cpp).
 struct LayerInputs {
