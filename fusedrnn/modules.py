@@ -28,7 +28,7 @@ class _FusedRNNBase(RNNBase):
 
     def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__(mode, *args, **kwargs)
-        if recompute:  # else the class's: the attributes of an instance are torch.nn's
+        if recompute:  # else the class's: an instance has torch.nn's attributes and no other
             self.recompute = True
 
     def extra_repr(self) -> str:
@@ -94,7 +94,7 @@ class _FusedRNNBase(RNNBase):
                 params = [*map(own["_parameters"].get, own["_flat_weights_names"])]
                 found = _C.plain_layer(
                     own["mode"], input, hx, params, bool(own["bias"]), own["bidirectional"],
-                    own["batch_first"], own.get("recompute", False),
+                    own["batch_first"], self.recompute,
                 )  # fmt: skip
                 if found is not None:
                     return found
@@ -160,9 +160,9 @@ class LSTM(_FusedRNNBase):
     ``torch.nn.LSTM``; :meth:`forward` also takes ``lengths`` and ``reset``.
 
     ``recompute=True`` keeps no gates for the backward pass, which makes them anew from input and
-    output: what training holds beside these is one c for some 256 rows of all steps, instead of 5H
-    values for each row and step, for up to a third more time. On the CPU. An attribute of the same
-    name, which may be set at any time.
+    output, for up to a third more time. Beside these two, training then holds c of every
+    ``max(1, 256 // B)``-th step (H values a row) instead of 5H values for each row and step. On
+    the CPU. It is an attribute, too, which may be set at any time.
     """
 
     @overload

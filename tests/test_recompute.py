@@ -284,3 +284,12 @@ def test_functional(mode: str) -> None:
     call = lambda: function(x, None, list(net.parameters()), recompute=True, **kind)  # noqa: E731
     assert oracle.same_bits(call()[0], net(x)[0])
     assert kept_bytes(call, known) == (2 * 2 * 16 * 4 if mode == "LSTM" else 0)
+
+
+def test_a_subclass_may_choose() -> None:
+    class Frugal(fusedrnn.GRU):
+        recompute = True
+
+    net = Frugal(3, 5)
+    x = torch.randn(10, 2, 3)
+    assert kept_bytes(lambda: net(x), [x, *net.parameters()]) == 0

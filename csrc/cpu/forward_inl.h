@@ -71,10 +71,10 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
     return row;
   }
 
-  // Whether the states are, of a cell of which more than its state is kept for backward.
+  // Whether the chunk's states are; never of a cell whose state is all that backward needs.
   bool known() const { return saved_blocks(kCell) > 1 && d_.known != nullptr; }
 
-  // The same where states are known: what the product reads lies in the output, and none is made.
+  // row_of where states are known: the product reads them there, and none is made.
   Row known_row_of(int64_t t, int64_t b) const {
     const int64_t before = previous_row(schedule_, d_.reverse, t, b);
     Row row = row_of(t, b);
