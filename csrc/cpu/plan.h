@@ -62,8 +62,8 @@ bool depends_on_distance(Workload work, int threads);
 // near one of another's: Schedule::state_row. Empty where there is one group.
 std::vector<int64_t> state_rows(const Workload& work, int threads, int64_t row_bytes);
 
-// From where one thread describes its rows of a step (ForwardRow, BackwardRow: more than a line each)
-// to where the next one does: no line is both's.
+// From where one thread describes its rows of a step (ForwardRow, BackwardRow: more than a line
+// each) to where the next one does: no line is both's.
 constexpr int64_t rows_apart(int64_t rows) { return rows + 1; }
 
 // Whether groups sum the weights' gradients over their own rows apart from each other, and add them
