@@ -74,11 +74,7 @@ class BackwardRun {
     for (int64_t i = 0; i < chunks; ++i) {
       for (int d = 0; d < layer_.directions; ++d) enter_chunk(d, i);
       if (recomputes_) recompute_->run(args_.direction);
-      const Workload now = workload_in_chunk(work_, schedule_, args_.direction);
-      run_team(
-          at::get_num_threads(), layer_.directions,
-          [&](int threads) { return plan_team(now, threads); },
-          [&](const Slot& slot) { kernel(args_, slot); });
+      run_chunk(work_, args_, kernel);
     }
   }
 
@@ -98,10 +94,10 @@ class BackwardRun {
     dir.y = y_.data() + d * sizes.output;
     dir.y_stride = dir.dy_stride = layer_.directions * sizes.output;
     if (dy_.data() != nullptr) dir.dy = dy_.data() + d * sizes.output;
-    dir.gates_stride = direct_ && !recomputes_ ? layer_.directions * stride_ : stride_;
+    dir.gates_stride = direct_ ? layer_.directions * stride_ : stride_;
     dir.dgates_stride = stride_;
     if (has_cell_state(layer_.cell)) dir.cells = cells_.data() + d * hidden_;
-    dir.cells_stride = recomputes_ ? hidden_ : layer_.directions * hidden_;
+    dir.cells_stride = layer_.directions * hidden_;
     if (out.dh0.defined()) {
       dir.dh0 = data_or_null<S>(out.dh0) + d * layer_.batch * sizes.output;
     }

@@ -180,11 +180,7 @@ void run_forward(const Layer& layer, const ScheduleStorage& storage, const Layer
         dir.gates = data_of<S>(gates) + at;
       }
     }
-    const Workload now = workload_in_chunk(work, schedule, args.direction);
-    run_team(
-        at::get_num_threads(), layer.directions,
-        [&](int threads) { return plan_team(now, threads); },
-        [&](const Slot& slot) { kernel(args, slot); });
+    run_chunk(work, args, kernel);
     if (in_segments) keep_between_segments(args, bounds, i, cells.mutable_data_ptr<S>());
     for (int d = 0; d < layer.directions; ++d) {
       ForwardDirection<S, Word<E>>& dir = args.direction[d];

@@ -286,6 +286,15 @@ Workload workload_in_chunk(const Workload& work, const Schedule& schedule,
   return with_rows(work, rows);
 }
 
+// Runs a kernel on the chunks that the directions have come to.
+template <class Args>
+void run_chunk(const Workload& work, const Args& args, void (*kernel)(const Args&, const Slot&)) {
+  const Workload now = workload_in_chunk(work, args.schedule, args.direction);
+  run_team(
+      at::get_num_threads(), args.directions, [&](int threads) { return plan_team(now, threads); },
+      [&](const Slot& slot) { kernel(args, slot); });
+}
+
 // The most threads, and groups, that any chunk is walked by.
 struct Most {
   int threads = 1, groups = 1;

@@ -60,12 +60,7 @@ class Recompute {
   // are.
   void run(BackwardDirection<S, E>* directions) {
     for (int d = 0; d < layer_.directions; ++d) enter_chunk(d, directions[d]);
-    const auto kernel = current_isa().table<S, E>().forward[static_cast<int>(layer_.cell)];
-    const Workload now = workload_in_chunk(work_, args_.schedule, args_.direction);
-    run_team(
-        at::get_num_threads(), layer_.directions,
-        [&](int threads) { return plan_team(now, threads); },
-        [&](const Slot& slot) { kernel(args_, slot); });
+    run_chunk(work_, args_, current_isa().table<S, E>().forward[static_cast<int>(layer_.cell)]);
   }
 
  private:
@@ -111,6 +106,7 @@ class Recompute {
     ForwardDirection<S, Word<E>>& dir = args_.direction[d];
     const Schedule& schedule = args_.schedule;
     dir.chunk = to.chunk;
+    to.gates_stride = stride_;
     if constexpr (kNarrow) {
       dir.x_half = to.x;
       dir.known = widen(d, to);
@@ -130,6 +126,7 @@ class Recompute {
     const int64_t first_step = dir.reverse ? dir.chunk.begin : std::max<int64_t>(before, 0);
     dir.cells = cells_[d] - schedule.row0[first_step] * hidden_;
     to.cells = dir.cells;
+    to.cells_stride = hidden_;
     if (t == 0 || t == schedule.steps) return;
     const int64_t bound = std::lower_bound(bounds_.begin(), bounds_.end(), t) - bounds_.begin();
     const int64_t rows = (bound - 1) * schedule.batch;
