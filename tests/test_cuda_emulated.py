@@ -327,6 +327,21 @@ def test_precision_of_products(
             assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_products_go_on_following_torchs_general_precision(
+    ops: Any, switches: Callable[[str, str], None]
+) -> None:
+    switches("tf32", "none")
+    torch.backends.fp32_precision = "ieee"
+    try:
+        arguments = cuda_cases.Call("GRU", torch.float32).arguments()
+        ops.layer_forward(**arguments, save=False)
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        torch.backends.fp32_precision = "tf32"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = "none"
+
+
 def test_precision_is_restored_after_an_error(
     ops: Any, switches: Callable[[str, str], None]
 ) -> None:

@@ -146,7 +146,7 @@ def executable(path: Path, text: str) -> None:
 def house(tmp_path: Path) -> Path:
     """A root with the script, and programs that write their arguments down."""
     (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "gpu_hour.sh", tmp_path / "scripts")
+    shutil.copy(ROOT / "scripts" / "gpu_check.sh", tmp_path / "scripts")
     executable(
         tmp_path / "bin" / "python",
         f'echo "$FUSEDRNN_CUDA $*" >> {tmp_path}/asked\n'
@@ -160,11 +160,14 @@ def house(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def gpu_hour(house: Path, *steps: str, **variables: str) -> tuple[int, dict[str, str]]:
+TESTS = [f"tests-{name}" for name in (*cuda_cases.DTYPES_OF, "others")]
+
+
+def gpu_check(house: Path, *steps: str, **variables: str) -> tuple[int, dict[str, str]]:
     environment = os.environ | {"PYTHON": str(house / "bin" / "python"), "LIMIT_CUDNN": "1"}
     environment |= variables
     run = subprocess.run(
-        ["bash", house / "scripts" / "gpu_hour.sh", house / "out", *steps],
+        ["bash", house / "scripts" / "gpu_check.sh", house / "out", *steps],
         capture_output=True,
         text=True,
         timeout=60,
@@ -175,17 +178,20 @@ def gpu_hour(house: Path, *steps: str, **variables: str) -> tuple[int, dict[str,
 
 
 def test_no_step_stops_another(house: Path) -> None:
-    code, summary = gpu_hour(house)
+    code, summary = gpu_check(house)
     assert code == 1
     assert summary["probe"].startswith("exit code 1 ")
     assert summary["cudnn"].startswith("exit code 124 "), "its time limit"
     sanitizer = [f"{t}-{s}" for t in ("memcheck", "racecheck") for s in cuda_cases.DTYPES_OF]
-    for name in ("machine", "build", "tests", *sanitizer, "compare"):
+    for name in ("machine", "build", *TESTS, *sanitizer, "compare"):
         assert summary[name].startswith("exit code 0 "), name
     asked = (house / "asked").read_text()
     assert f"1 -m bench.cuda.compare --out {house}/out --total 270" in asked
+    assert asked.index("pytest") < asked.index("compare") < asked.index("cudnn_table")
     assert "1 setup.py build_ext --inplace" in asked
-    assert "1 -m pytest --maxfail=10 -q -m cuda tests/test_cuda.py" in asked
+    options = "--maxfail=60 --tb=short --durations=5 -q --timeout=60 --timeout-method=thread"
+    assert f"1 -m pytest {options} -m cuda -k persistent tests/test_cuda.py" in asked
+    assert "-k not (per_step or one_cta or persistent) tests/test_cuda.py" in asked
     with tarfile.open(house / "out" / "logs.tar.gz") as logs:
         assert logs.extractfile("./probe.log").read() == b"{}\n"
         assert {f"./{name}.log" for name in summary} < set(logs.getnames())
@@ -193,7 +199,7 @@ def test_no_step_stops_another(house: Path) -> None:
 
 def test_without_a_build_nothing_that_needs_it_runs(house: Path) -> None:
     (house / "build_code").write_text("7")
-    code, summary = gpu_hour(house, "build", "tests", "sanitizer")
+    code, summary = gpu_check(house, "build", "tests", "sanitizer")
     assert code == 1
     assert set(summary) == {"machine", "build", "tests", "sanitizer"}
     assert summary["build"].startswith("exit code 7 ")
@@ -202,14 +208,15 @@ def test_without_a_build_nothing_that_needs_it_runs(house: Path) -> None:
 
 
 def test_all_went_well(house: Path) -> None:
-    code, summary = gpu_hour(house, "build", "tests")
-    assert (code, len(summary)) == (0, 3)
+    code, summary = gpu_check(house, "build", "tests")
+    assert code == 0
+    assert set(summary) == {"machine", "build", *TESTS}
 
 
 def test_when_no_time_is_left(house: Path) -> None:
-    code, summary = gpu_hour(
-        house, "build", "cudnn", "tests", "compare", TOTAL="2", LIMIT_CUDNN="9"
+    code, summary = gpu_check(
+        house, "cudnn", "compare", TOTAL="2", LIMIT_CUDNN="9", LIMIT_COMPARE="0"
     )
     assert code == 1
     assert summary["cudnn"].startswith("exit code 124 2 s ")
-    assert summary["tests"] == summary["compare"] == "skipped 0 s no time is left"
+    assert summary["compare"] == "skipped 0 s no time is left"

@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -43,15 +43,19 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 6e-2, "float16": 1e-2}
 class Row:
     case: Case
     seconds: dict[str, float]  # a call, the median over the rounds, by contestant; empty: failed
-    ratio: float | None = None  # of fusedrnn by its own choice
+    ratio: float | None = None  # of fusedrnn by its own choice; None: failed
     rounds: int = 0
     forced: dict[str, float] = field(default_factory=dict)  # ratios, by strategy
-    error: str = ""
+    error: str = ""  # of the case, or of those that were left out of it
 
     def step_microseconds(self, name: str) -> str:
         return three_digits(self.seconds[name] / self.case.shape.steps * 1e6)
 
     def figure(self) -> str:
+        if not self.seconds:
+            return "failed"
+        if self.ratio is None:
+            return f"{self.step_microseconds(TORCH)} us/step{self.others(', ')}"
         times = " against ".join(self.step_microseconds(name) for name in (TORCH, FUSED))
         return f"{times} us/step, {self.ratio:.2f}{self.others(', ')}"
 
@@ -81,12 +85,9 @@ def strategy(name: str | None) -> Iterator[None]:
                 os.environ[VARIABLE] = before
 
 
-def by(name: str | None, call: Call) -> Call:
-    def forced() -> list[torch.Tensor]:
-        with strategy(name):
-            return call()
-
-    return forced
+def turn_of(name: str) -> AbstractContextManager[None]:
+    """What a contestant's calls are made in."""
+    return strategy(name if name in STRATEGIES else None)
 
 
 def other_strategies(case: Case) -> list[str]:
@@ -105,26 +106,34 @@ def other_strategies(case: Case) -> list[str]:
     return others
 
 
-def contestants(case: Case, device: str) -> dict[str, Call]:
-    """Both libraries' calls, the results of which have been compared."""
-    calls = {TORCH: make_call(case, device)}
-    for name, forced in {FUSED: None, **{name: name for name in other_strategies(case)}}.items():
-        with strategy(forced):
-            calls[name] = by(forced, make_call(case, device, fusedrnn.convert))
+def contestants(case: Case, device: str) -> tuple[dict[str, Call], str]:
+    """Both libraries' calls, the results of which have been compared; and why others were left
+    out. Each is to be made in its turn_of."""
+    calls, left_out = {TORCH: make_call(case, device)}, []
     theirs = calls[TORCH]()
-    for name in calls:
+    for name in (FUSED, *other_strategies(case)):
+        try:
+            with turn_of(name):
+                call = make_call(case, device, fusedrnn.convert)
+                results = call()
+        except (RuntimeError, ValueError) as error:
+            left_out.append(f"{name}: {program.first_line(error)}")
+            continue
         wrong = [
             i
-            for i, (found, expected) in enumerate(zip(calls[name](), theirs, strict=True))
+            for i, (found, expected) in enumerate(zip(results, theirs, strict=True))
             if far(found, expected, TOLERANCES[case.dtype])
         ]
         if wrong:
-            raise ValueError(f"results {wrong} of {len(theirs)} of {name} are far from torch.nn's")
-    return calls
+            left_out.append(f"results {wrong} of {len(theirs)} of {name} are far from torch.nn's")
+        else:
+            calls[name] = call
+    return calls, "; ".join(left_out)
 
 
 def measured(case: Case, clock: Clock, device: str, bound: float) -> Row:
-    found = in_turns(contestants(case, device), clock, bound)
+    calls, left_out = contestants(case, device)
+    found = in_turns(calls, clock, bound, turn_of)
     ratios = {
         name: statistics.median(
             theirs / ours for theirs, ours in zip(found[TORCH], found[name], strict=True)
@@ -133,7 +142,7 @@ def measured(case: Case, clock: Clock, device: str, bound: float) -> Row:
         if name != TORCH
     }
     seconds = {name: statistics.median(times) for name, times in found.items()}
-    return Row(case, seconds, ratios.pop(FUSED), len(found[FUSED]), ratios)
+    return Row(case, seconds, ratios.pop(FUSED, None), len(found[TORCH]), ratios, left_out)
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -181,6 +190,9 @@ def markdown(header: dict[str, str], rows: list[Row]) -> str:
         if row.ratio is not None:
             figures = " | ".join(row.step_microseconds(name) for name in (TORCH, FUSED))
             lines.append(f"| {row.case} | {figures} | {row.ratio:.2f} | {row.others()} |")
+        elif row.seconds:
+            theirs = row.step_microseconds(TORCH)
+            lines.append(f"| {row.case} | {theirs} | failed | - | {row.others()} |")
     return "\n".join([*lines, "", *program.failures(rows)])
 
 

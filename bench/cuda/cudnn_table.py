@@ -65,6 +65,13 @@ def make_input(case: Case, device: str, grad: bool) -> Tensor | PackedSequence:
     return packed
 
 
+def flatten(module: nn.RNNBase) -> None:
+    """The weights in one piece, as cuDNN wants them. torch 2.11 and 2.13 do not flatten bfloat16
+    ones, though cuDNN takes them, and copy all weights at every call."""
+    torch.backends.cudnn.CUDNN_TENSOR_DTYPES.add(torch.bfloat16)
+    module.flatten_parameters()
+
+
 def make_call(
     case: Case, device: str, change: Callable[[nn.Module], nn.Module] = lambda module: module
 ) -> Call:
@@ -78,7 +85,7 @@ def make_call(
         num_layers=layers.count,
         bidirectional=layers.bidirectional,
     ).to(device, getattr(torch, case.dtype))
-    plain.flatten_parameters()
+    flatten(plain)
     module = change(plain).train(train)  # cuDNN keeps nothing for backward in eval()
     x = make_input(case, device, train)
 

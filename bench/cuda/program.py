@@ -68,8 +68,12 @@ def run(
             done(program.measure(case, seconds))
             failures = 0
         except (RuntimeError, ValueError) as error:
-            done(program.failed(case, str(error).strip().split("\n")[0]))
+            done(program.failed(case, first_line(error)))
             failures += 1
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def header() -> dict[str, str]:
@@ -139,7 +143,7 @@ def main(program: Program[R], argv: list[str] | None = None) -> int:
     def done(row: R) -> None:
         nonlocal saved
         rows.append(row)
-        print(f"{row.case}: {row.error or row.figure()}", flush=True)
+        print(f"{row.case}: {row.figure()} {row.error}".rstrip(), flush=True)
         if time.monotonic() - saved > SAVE_SECONDS:
             save(program, top, rows, args.out)
             saved = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,16 +79,21 @@ def measure(call: Callable[[], object], clock: Clock, bound: float) -> Timing:
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], clock: Clock, bound: float
+    calls: Mapping[str, Callable[[], object]],
+    clock: Clock,
+    bound: float,
+    around: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
 ) -> dict[str, list[float]]:
     """Seconds a call of each contestant in each round, in about `bound` seconds; whose turn comes
-    first changes. First calls are not counted."""
+    first changes. First calls are not counted, nor is entering the context of a contestant's turn,
+    around(name)."""
 
     def timed(name: str, repeats: int) -> float:
-        start = clock.mark()
-        for _ in range(repeats):
-            calls[name]()
-        return clock.seconds(start, clock.mark()) / repeats
+        with around(name):
+            start = clock.mark()
+            for _ in range(repeats):
+                calls[name]()
+            return clock.seconds(start, clock.mark()) / repeats
 
     plans = {}
     for name in calls:

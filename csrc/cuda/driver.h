@@ -28,7 +28,8 @@ namespace fusedrnn {
 CudaStream current_stream();
 
 // out = a b, for matrices of one dtype; out has that dtype, or it is float32 where that one is half
-// precision. Sums are float32 or wider, and rounded once.
+// precision. Sums are float32 or wider, and rounded once; to half precision, where torch's switches
+// allow_*_reduced_precision_reduction are on, as it starts, perhaps a few times.
 void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 
 // The most memory for what a part of time is projected to, or its gradients: enough rows for the

@@ -109,7 +109,12 @@ RecurrentPrecision::~RecurrentPrecision() {
   if (!before_) return;
   at::Context& context = at::globalContext();
   context.setAllowTF32CuBLAS(false);
-  context.setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL, *before_);
+  const auto set = [&](at::Float32Precision precision) {
+    context.setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL, precision);
+  };
+  // It may have been torch's general one: then none of its own, so that it goes on following that.
+  set(at::Float32Precision::NONE);
+  if (precision_of(at::Float32Op::MATMUL) != *before_) set(*before_);
 }
 
 }  // namespace fusedrnn

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that a first visit to a machine with a GPU should bring back, in one command.
+# All checks and measurements of a machine with a GPU, in one command.
 #
-#   scripts/gpu_hour.sh OUT             all steps
-#   scripts/gpu_hour.sh OUT STEP...     some of: build probe cudnn tests compare sanitizer
+#   scripts/gpu_check.sh OUT             all steps
+#   scripts/gpu_check.sh OUT STEP...     some of: build probe tests sanitizer compare cudnn
 #
-# The build of the extension runs beside the probe and the table of torch.nn; what needs it waits.
+# The build of the extension runs beside the probe; what needs it waits. The tests of each strategy
+# have a process of their own, as a kernel's fault ends all that a process can do on a GPU.
 # Each step has a time limit (LIMIT_PROBE=30, in seconds, changes one), and all together have TOTAL
-# (3600). Each has a log in OUT/logs.tar.gz and a line in OUT/summary.txt; tables lie beside them.
+# (570). Each has a log in OUT/logs.tar.gz and a line in OUT/summary.txt; tables lie beside them.
 # No step's failure stops another. The interpreter is $PYTHON; it needs torch with CUDA, pytest and
 # what a build needs, and nothing is installed.
 # Exit code: 0 where all steps that ran did so with 0.
@@ -15,9 +16,9 @@ cd "$(dirname "$0")/.."
 [ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$1
 shift
-wanted=" ${*:-build probe cudnn tests compare sanitizer} "
+wanted=" ${*:-build probe tests sanitizer compare cudnn} "
 python=${PYTHON:-python3}
-logs=build/gpu_hour
+logs=build/gpu_check
 rm -rf "$logs"
 mkdir -p "$out" "$logs" build/cuda || exit 2
 out=$(cd "$out" && pwd)
@@ -29,7 +30,7 @@ found=$(command -v "$python") && PATH="$(dirname "$found"):$PATH"
 wants() { [[ $wanted == *" $1 "* ]]; }
 
 limit() {  # step, seconds unless LIMIT_STEP says otherwise or fewer are left
-    local name=LIMIT_${1^^} left=$((${TOTAL:-3600} - SECONDS))
+    local name=LIMIT_${1^^} left=$((${TOTAL:-570} - SECONDS))
     local seconds=${!name:-$2}
     echo $((seconds < left ? seconds : left))
 }
@@ -45,10 +46,10 @@ step() {
         return 1
     fi
     echo "== $name (at most $seconds s): $*"
-    timeout -k 10 "$seconds" "$@" >"$logs/$name.log" 2>&1 </dev/null || code=$?
+    timeout -s "${SIGNAL:-TERM}" -k 10 "$seconds" "$@" >"$logs/$name.log" 2>&1 </dev/null || code=$?
     tail -n "${TAIL:-3}" "$logs/$name.log"
     note "$name" "exit code $code" $((SECONDS - start)) "$name.log"
-    # Now, as whatever lent the machine may take it back at any time.
+    # After each step, so that an interrupted run keeps its results.
     tar -C "$logs" -czf "$logs.$BASHPID" . && mv "$logs.$BASHPID" "$out/logs.tar.gz"
     return "$code"
 }
@@ -68,6 +69,7 @@ fi
 TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch
 print(*torch.cuda.get_device_capability(), sep=".")' 2>/dev/null) || TORCH_CUDA_ARCH_LIST=9.0
 export TORCH_CUDA_ARCH_LIST
+export CUDA_ARCHS=${CUDA_ARCHS:-${TORCH_CUDA_ARCH_LIST/./}}  # of the probe
 cores=$(nproc)
 export MAX_JOBS=${MAX_JOBS:-$((cores > 3 ? cores - 2 : 1))}
 build=
@@ -95,12 +97,6 @@ if wants probe; then
     fi
 fi
 
-if wants cudnn; then
-    seconds=$(limit cudnn 220)
-    step cudnn "$seconds" "$python" -m bench.cuda.cudnn_table --out "$out" \
-        --total $((seconds > 40 ? seconds - 30 : seconds))
-fi
-
 # --- what needs the extension --------------------------------------------------------------------
 
 built=0
@@ -115,23 +111,31 @@ if [ "$built" -ne 0 ]; then
     done
 else
     if wants tests; then
-        TAIL=15 step tests "$(limit tests 240)" "$python" -m pytest --maxfail=10 -q -m cuda \
-            tests/test_cuda.py
-    fi
-    if wants compare; then
-        seconds=$(limit compare 300)
-        step compare "$seconds" "$python" -m bench.cuda.compare --out "$out" \
-            --total $((seconds > 40 ? seconds - 30 : seconds))
+        # A protocol that hangs is one test's failure, where pytest-timeout is installed.
+        patience=
+        if "$python" -c 'import pytest_timeout' 2>/dev/null; then
+            patience="--timeout=60 --timeout-method=thread"
+        fi
+        several="per_step or one_cta or persistent"
+        for strategy in per_step one_cta persistent "not ($several)"; do
+            name=${strategy%% *}
+            # interrupted, pytest tells what has failed so far
+            SIGNAL=INT TAIL=15 step "tests-${name/not/others}" "$(limit tests 150)" \
+                "$python" -m pytest --maxfail=60 --tb=short --durations=5 -q $patience -m cuda \
+                -k "$strategy" tests/test_cuda.py
+        done
     fi
     if wants sanitizer; then
         if command -v compute-sanitizer >/dev/null; then
             # torch's allocator would hide an access beyond a tensor inside its own blocks
             export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+            ours="--kernel-name kernel_substring=fusedrnn"  # not what ATen and cuBLAS run beside
+            compute-sanitizer $ours true >/dev/null 2>&1 || ours=
             for strategy in per_step one_cta persistent; do
                 for tool in memcheck racecheck; do
                     FUSEDRNN_CUDA_STRATEGY=$strategy \
                         step "$tool-$strategy" "$(limit sanitizer 90)" compute-sanitizer \
-                        --tool "$tool" --error-exitcode 9 "$python" -m bench.cuda.small_run
+                        --tool "$tool" $ours --error-exitcode 9 "$python" -m bench.cuda.small_run
                 done
             done
             unset PYTORCH_NO_CUDA_MEMORY_CACHING
@@ -139,6 +143,19 @@ else
             skip sanitizer "compute-sanitizer is not on PATH"
         fi
     fi
+    if wants compare; then
+        seconds=$(limit compare 300)
+        step compare "$seconds" "$python" -m bench.cuda.compare --out "$out" \
+            --total $((seconds > 40 ? seconds - 30 : seconds))
+    fi
+fi
+
+# --- torch.nn alone ------------------------------------------------------------------------------
+
+if wants cudnn; then
+    seconds=$(limit cudnn 220)
+    step cudnn "$seconds" "$python" -m bench.cuda.cudnn_table --out "$out" \
+        --total $((seconds > 40 ? seconds - 30 : seconds))
 fi
 
 echo
