@@ -1,13 +1,14 @@
-"""Contestants beyond a plain layer: cells, stacks, rows of different length, bfloat16.
+"""The contestants: layers, cells, stacks, rows of different length, bfloat16, streams.
 
-As in peers.py, each is a call without arguments, and its results have been compared with
-torch.nn's in float64 before it is timed.
+Each is a call without arguments, and its results have been compared with torch.nn's in float64
+before it is timed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
 
-from .peers import FUSED, PEERS, TOLERANCE, TORCH, check, make_input, onnx_model, onnxruntime_call
+from .peers import FUSED, TOLERANCE, TORCH, check, make_input, runtime_calls
 from .shapes import Shape
 from .timing import Call
 
@@ -38,8 +39,13 @@ CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
 Run = Callable[[nn.Module], Sequence[Tensor]]
 
 
+def module_of(cell: str, shape: Shape, **options: Any) -> nn.RNNBase:
+    torch.manual_seed(0)
+    return LAYERS[cell](shape.input_size, shape.hidden_size, **options)
+
+
 def flat(results: Sequence[Tensor]) -> list[Tensor]:
-    return [r.detach().double().flatten() for r in results]
+    return [torch.as_tensor(r).detach().double().flatten() for r in results]
 
 
 def copied(module: nn.Module, fused: bool = True, dtype: torch.dtype | None = None) -> nn.Module:
@@ -161,20 +167,40 @@ def layer_call(
     return step(module, run, [x]) if train else inference(module, run)
 
 
-def bidirectional_training(cell: str, shape: Shape) -> dict[str, Call]:
-    torch.manual_seed(0)
-    module = LAYERS[cell](shape.input_size, shape.hidden_size, num_layers=2, bidirectional=True)
+def both_calls(
+    what: str,
+    module: nn.RNNBase,
+    shape: Shape,
+    train: bool,
+    others: Mapping[str, Call] | None = None,
+) -> dict[str, Call]:
+    """torch.nn's and fusedrnn's calls over a layer, and others', checked."""
     calls = {
-        TORCH: layer_call(copied(module, False), shape, True),
-        FUSED: layer_call(copied(module), shape, True),
+        TORCH: layer_call(copied(module, False), shape, train),
+        FUSED: layer_call(copied(module), shape, train),
+        **(others or {}),
     }
-    exact = layer_call(copied(module, False, torch.float64), shape, True)
-    return checked(f"bidirectional {cell} {shape}", calls, exact)
+    exact = layer_call(copied(module, False, torch.float64), shape, train)
+    return checked(f"{what} {shape}", calls, exact)
+
+
+def forward_calls(cell: str, shape: Shape, peers: Sequence[str], threads: int) -> dict[str, Call]:
+    module = module_of(cell, shape)
+    others = runtime_calls(cell, module, make_input(shape), peers, threads)
+    return both_calls(f"{cell} forward", module, shape, False, others)
+
+
+def training_calls(cell: str, shape: Shape) -> dict[str, Call]:
+    return both_calls(f"{cell} training", module_of(cell, shape), shape, True)
+
+
+def bidirectional_training(cell: str, shape: Shape) -> dict[str, Call]:
+    module = module_of(cell, shape, num_layers=2, bidirectional=True)
+    return both_calls(f"bidirectional {cell}", module, shape, True)
 
 
 def ragged_calls(cell: str, shape: Shape, train: bool, uniform: bool) -> dict[str, Call]:
-    torch.manual_seed(0)
-    module = LAYERS[cell](shape.input_size, shape.hidden_size)
+    module = module_of(cell, shape)
     if uniform:  # one row of every length there is, as evenly as can be
         lengths = torch.linspace(1, shape.steps, shape.batch).round().long()
         lengths = lengths[torch.randperm(shape.batch)]
@@ -189,8 +215,7 @@ def ragged_calls(cell: str, shape: Shape, train: bool, uniform: bool) -> dict[st
 
 
 def half_calls(cell: str, shape: Shape, train: bool) -> dict[str, Call]:
-    torch.manual_seed(0)
-    module = LAYERS[cell](shape.input_size, shape.hidden_size)
+    module = module_of(cell, shape)
     calls = {
         FUSED: layer_call(copied(module, True, torch.bfloat16), shape, train),
         TORCH_HALF: layer_call(copied(module, False, torch.bfloat16), shape, train),
@@ -201,8 +226,7 @@ def half_calls(cell: str, shape: Shape, train: bool) -> dict[str, Call]:
 
 
 def recompute_calls(cell: str, shape: Shape) -> dict[str, Call]:
-    torch.manual_seed(0)
-    module = LAYERS[cell](shape.input_size, shape.hidden_size)
+    module = module_of(cell, shape)
     again = copied(module)
     again.recompute = True
     calls = {
@@ -218,8 +242,7 @@ def recompute_calls(cell: str, shape: Shape) -> dict[str, Call]:
 
 def stream_step(cell: str, shape: Shape, peers: Sequence[str], threads: int) -> dict[str, Call]:
     """One step after another. The state that each keeps, or does not, costs all of them little."""
-    torch.manual_seed(0)
-    module = LAYERS[cell](shape.input_size, shape.hidden_size)
+    module = module_of(cell, shape)
     x = make_input(shape)
     stream = fusedrnn.Stream(copied(module), batch_size=shape.batch)
 
@@ -232,9 +255,7 @@ def stream_step(cell: str, shape: Shape, peers: Sequence[str], threads: int) -> 
 
     torch_call = layer_call(copied(module, False), shape, False)
     peer_calls = {TORCH: torch_call, LAYER: layer_call(copied(module), shape, False)}
-    if "onnxruntime" in peers:
-        model = onnx_model(cell, module, shape)
-        peer_calls[PEERS["onnxruntime"]] = onnxruntime_call(model, x.numpy(), threads)
+    peer_calls |= runtime_calls(cell, module, x, [p for p in peers if p == "onnxruntime"], threads)
     exact = alone(layer_call(copied(module, False, torch.float64), shape, False))
     checked(f"stream {cell} {shape}", {n: alone(c) for n, c in peer_calls.items()}, exact)
     checked(f"stream {cell} {shape}", {FUSED: first_step}, exact)
@@ -244,8 +265,7 @@ def stream_step(cell: str, shape: Shape, peers: Sequence[str], threads: int) -> 
 
 def stream_narrow(cell: str, shape: Shape, weights: torch.dtype) -> dict[str, Call]:
     """A run with narrow weights against our own float32 layer."""
-    torch.manual_seed(0)
-    module = LAYERS[cell](shape.input_size, shape.hidden_size)
+    module = module_of(cell, shape)
     x = make_input(shape)
     stream = fusedrnn.Stream(copied(module), weights=weights, batch_size=shape.batch)
 

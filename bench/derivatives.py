@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .cases import LAYERS, checked, copied
+from .cases import checked, copied, module_of
 from .peers import FUSED, TORCH, make_input
 from .shapes import Shape
 from .timing import Call
@@ -59,8 +59,7 @@ def tangent_calls(cell: str, shape: Shape) -> dict[str, Call]:
 def _calls(
     what: str, contestant: Callable[[nn.Module, Shape], Call], cell: str, shape: Shape
 ) -> dict[str, Call]:
-    torch.manual_seed(0)
-    module = LAYERS[cell](shape.input_size, shape.hidden_size)
+    module = module_of(cell, shape)
     calls = {
         TORCH: contestant(copied(module, False), shape),
         FUSED: contestant(copied(module), shape),

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .cases import LAYERS, checked, copied, inference, layer_call, step
+from .cases import checked, copied, inference, layer_call, module_of, step
 from .peers import FUSED, make_input
 from .shapes import Shape
 from .timing import Call
@@ -24,11 +24,6 @@ ORDINARY = "fusedrnn, ordinary values"
 # Multiplications a row and step, forward: gates * H * (I + H). Training adds twice as many.
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 SIDE = 2048  # of the square matrices whose product is the machine's rate
-
-
-def module_of(cell: str, shape: Shape, bias: bool = True) -> nn.RNNBase:
-    torch.manual_seed(0)
-    return LAYERS[cell](shape.input_size, shape.hidden_size, bias=bias)
 
 
 def both_checked(cell: str, shape: Shape, train: bool) -> Call:

@@ -83,7 +83,7 @@ LATENCY = shapes("1,100,256,256", "1,100,512,512", "1,100,1024,1024")
 MODES = {
     "forward": Mode(
         SHAPES,
-        peers.forward_calls,
+        cases.forward_calls,
         {
             "lstm": (Goal(BEST, 1.6, 0.95),),
             "gru": (Goal(BEST, 2.1, 0.95),),
@@ -93,7 +93,7 @@ MODES = {
     ),
     "training": Mode(
         SHAPES,
-        peers.training_calls,
+        cases.training_calls,
         {
             "lstm": (Goal(peers.TORCH, 2.2, 1.15),),
             "gru": (Goal(peers.TORCH, 7.0, 1.4),),

@@ -1,22 +1,21 @@
-"""The contestants: one layer of one cell, as torch.nn, fusedrnn, ONNX Runtime and OpenVINO run it.
+"""The other runtimes: one layer of one cell as ONNX Runtime and OpenVINO run it.
 
-Each becomes a call without arguments. None is timed before its output has been compared with
-torch.nn's in float64: a peer with swapped gates would be just as quick.
+Each becomes a call without arguments (cases.py). None is timed before its output has been compared
+with torch.nn's in float64: a peer with swapped gates would be just as quick.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import fusedrnn
-
 from .shapes import Shape
+from .timing import Call
 
 # package -> label
 PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -42,20 +41,6 @@ def installed_peers() -> list[str]:
     if importlib.util.find_spec("onnx") is None:
         return []
     return [name for name in PEERS if importlib.util.find_spec(name) is not None]
-
-
-def torch_module(cell: str, shape: Shape, seed: int = 0) -> nn.RNNBase:
-    torch.manual_seed(seed)
-    kind = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[cell]
-    return kind(shape.input_size, shape.hidden_size)
-
-
-def fused_module(cell: str, module: nn.RNNBase) -> nn.Module:
-    """The fused module with a copy of the weights."""
-    kind = {"lstm": fusedrnn.LSTM, "gru": fusedrnn.GRU, "rnn": fusedrnn.RNN}[cell]
-    fused = kind(module.input_size, module.hidden_size)
-    fused.load_state_dict(module.state_dict())
-    return fused
 
 
 def make_input(shape: Shape, seed: int = 1) -> Tensor:
@@ -133,14 +118,6 @@ def openvino_call(model: bytes, x: np.ndarray, threads: int) -> Callable[[], lis
     return call
 
 
-def outputs_of(result) -> list[Tensor]:
-    """output, h_n (, c_n) of any contestant, flat."""
-    if isinstance(result, tuple):  # torch: output, h_n or output, (h_n, c_n)
-        output, state = result
-        result = [output, *(state if isinstance(state, tuple) else [state])]
-    return [torch.as_tensor(r).detach().double().flatten() for r in result]
-
-
 def check(name: str, found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     """Raise WrongResult unless all of `found` is within tolerance of `expected`."""
     if [f.shape for f in found] != [e.shape for e in expected]:
@@ -155,58 +132,13 @@ def check(name: str, found: list[Tensor], expected: list[Tensor], tolerance: flo
             )
 
 
-def forward_calls(
-    cell: str, shape: Shape, peers: list[str], threads: int
-) -> dict[str, Callable[[], object]]:
-    """Inference calls of all contestants, checked."""
-    module = torch_module(cell, shape).eval()
-    fused = fused_module(cell, module).eval()
-    x = make_input(shape)
-
-    def no_grad(m: nn.Module) -> Callable[[], object]:
-        def call() -> object:
-            # eval() alone leaves torch.nn on its training path
-            with torch.no_grad():
-                return m(x)
-
-        return call
-
-    calls: dict[str, Callable[[], object]] = {TORCH: no_grad(module), FUSED: no_grad(fused)}
-    if peers:
-        model = onnx_model(cell, module, shape)
-        makers = {"onnxruntime": onnxruntime_call, "openvino": openvino_call}
-        for peer in peers:
-            calls[PEERS[peer]] = makers[peer](model, x.numpy(), threads)
-    with torch.no_grad():
-        expected = outputs_of(torch_module(cell, shape).double()(x.double()))
-    for name, call in calls.items():
-        check(f"{name}, {cell} {shape} forward", outputs_of(call()), expected, TOLERANCE)
-    return calls
-
-
-def training_calls(cell: str, shape: Shape) -> dict[str, Callable[[], object]]:
-    """Forward and backward to the input and all weights, checked."""
-    module = torch_module(cell, shape)
-    x = make_input(shape)
-    # A dense gradient, as the next layer would give it, not the expanded scalar of a sum.
-    grad = make_input(Shape(shape.batch, shape.steps, shape.hidden_size, 1), seed=2)
-
-    def step(m: nn.Module) -> Callable[[], list[Tensor]]:
-        dtype = next(m.parameters()).dtype
-        xs = x.to(dtype, copy=True).requires_grad_()  # its own: it holds .grad
-        gradient = grad.to(dtype)
-
-        def call() -> list[Tensor]:
-            xs.grad = None
-            m.zero_grad(set_to_none=True)
-            output = m(xs)[0]
-            output.backward(gradient)
-            return [output, xs.grad, *(p.grad for p in m.parameters())]
-
-        return call
-
-    calls = {TORCH: step(module), FUSED: step(fused_module(cell, module))}
-    expected = outputs_of(step(torch_module(cell, shape).double())())
-    for name, call in calls.items():
-        check(f"{name}, {cell} {shape} training", outputs_of(call()), expected, TOLERANCE)
-    return calls
+def runtime_calls(
+    cell: str, module: nn.RNNBase, x: Tensor, peers: Sequence[str], threads: int
+) -> dict[str, Call]:
+    """Each peer's call over x with the module's weights."""
+    if not peers:
+        return {}
+    steps, batch, inputs = x.shape
+    model = onnx_model(cell, module, Shape(batch, steps, inputs, module.hidden_size))
+    makers = {"onnxruntime": onnxruntime_call, "openvino": openvino_call}
+    return {PEERS[peer]: makers[peer](model, x.numpy(), threads) for peer in peers}

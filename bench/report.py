@@ -76,9 +76,10 @@ def group_table(mode: str, cell: str, results: list[Result]) -> list[str]:
 
 
 def contestant(result: Result, goal: Goal) -> str | None:
-    """Whom a goal speaks of; None where that one took no part."""
+    """Whom a goal speaks of; None where that one took no part. No form of fusedrnn is its peer."""
     if goal.against == BEST:
-        return min(result.ratios, key=lambda name: result.ratios[name])
+        peers = [name for name in result.ratios if not name.startswith(FUSED)]
+        return min(peers, key=lambda name: result.ratios[name])
     return goal.against if goal.against in result.ratios else None
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.peers import FUSED, forward_calls, training_calls
+from bench.cases import forward_calls, training_calls
+from bench.peers import FUSED
 from bench.shapes import CELLS, SHAPES, Shape
 
 pytest.importorskip("pytest_benchmark")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import alone, cases, compare, floors, machine, modes, peers, report, timing
+from bench import alone, cases, compare, floors, limits, machine, modes, peers, report, timing
 from bench.shapes import CELLS, SHAPES, Shape
 
 SMALL = Shape(3, 7, 5, 4)
@@ -70,6 +70,15 @@ def test_rounds_are_interleaved(monkeypatch) -> None:
     assert timing.ratio(seconds, "c", "a") == 4.0
 
 
+def test_a_block_begins_with_a_rest_and_an_untimed_call(monkeypatch) -> None:
+    order: list[object] = []
+    monkeypatch.setattr(timing.time, "sleep", order.append)
+    clock = iter([1.0, 7.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: order.append("clock") or next(clock))
+    assert timing.time_block(lambda: order.append("call"), 3) == 2.0
+    assert order == [timing.SETTLE_SECONDS, "call", "clock", "call", "call", "call", "clock"]
+
+
 def test_ratio_is_the_median_of_paired_ratios() -> None:
     # The machine halves its speed in the last two rounds: paired ratios do not notice.
     seconds = {"peer": [3.0, 3.0, 6.0, 6.6, 90.0], "fusedrnn": [1.0, 1.0, 2.0, 2.0, 1.0]}
@@ -81,10 +90,10 @@ def test_ratio_is_the_median_of_paired_ratios() -> None:
 def test_peers_compute_the_same(cell: str, peer: str) -> None:
     if peer not in peers.installed_peers():
         pytest.skip(f"{peer} or onnx is not installed")
-    calls = peers.forward_calls(cell, SMALL, [peer], 1)
+    calls = cases.forward_calls(cell, SMALL, [peer], 1)
     assert list(calls) == ["torch.nn", "fusedrnn", peers.PEERS[peer]]
     for call in calls.values():
-        sizes = [x.numel() for x in peers.outputs_of(call())]
+        sizes = [x.numel() for x in cases.flat(call())]
         assert sizes == [7 * 3 * 4] + [3 * 4] * (2 if cell == "lstm" else 1)
 
 
@@ -95,24 +104,25 @@ def test_a_peer_with_wrong_gates_is_refused(cell: str, monkeypatch) -> None:
     straight = {name: tuple(range(len(order))) for name, order in peers.ONNX_GATES.items()}
     monkeypatch.setattr(peers, "ONNX_GATES", straight)
     with pytest.raises(peers.WrongResult, match=f"ONNX Runtime, {cell}"):
-        peers.forward_calls(cell, SMALL, ["onnxruntime"], 1)
+        cases.forward_calls(cell, SMALL, ["onnxruntime"], 1)
 
 
 @pytest.mark.parametrize("parameter", ["weight_hh_l0", "bias_hh_l0"])
 @pytest.mark.parametrize("which", ["forward", "training"])
 def test_a_wrong_fused_module_is_refused(which: str, parameter: str, monkeypatch) -> None:
-    honest = peers.fused_module
+    honest = cases.copied
 
-    def wrong(cell, module):
-        fused = honest(cell, module)
-        with torch.no_grad():
-            getattr(fused, parameter).add_(0.01)
-        return fused
+    def wrong(module, fused=True, dtype=None):
+        copy = honest(module, fused, dtype)
+        if fused:
+            with torch.no_grad():
+                getattr(copy, parameter).add_(0.01)
+        return copy
 
-    monkeypatch.setattr(peers, "fused_module", wrong)
+    monkeypatch.setattr(cases, "copied", wrong)
     arguments = ([], 1) if which == "forward" else ()
     with pytest.raises(peers.WrongResult, match="fusedrnn, gru"):
-        getattr(peers, f"{which}_calls")("gru", SMALL, *arguments)
+        getattr(cases, f"{which}_calls")("gru", SMALL, *arguments)
 
 
 EXTRA = [
@@ -143,6 +153,27 @@ def test_other_modes_are_checked_too(cell: str, mode: str, monkeypatch) -> None:
         how.calls(cell, SMALL, *also)
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+def test_lengths_are_spread_over_all_there_are(uniform: bool, monkeypatch) -> None:
+    found = []
+    honest = cases.layer_call
+
+    def note(module, shape, train, lengths=None, packed=False):
+        if lengths is not None:
+            found.append(sorted(lengths.tolist()))
+        return honest(module, shape, train, lengths, packed)
+
+    monkeypatch.setattr(cases, "layer_call", note)
+    cases.ragged_calls("gru", Shape(7, 7, 5, 4), False, uniform)
+    assert all(lengths == (list(range(1, 8)) if uniform else [7] * 7) for lengths in found)
+
+
+def test_training_is_three_times_the_work() -> None:
+    """dx and dW are as many multiplications as the forward pass each."""
+    assert limits.multiplications("lstm", SMALL, False) == 4 * 4 * (5 + 4) * 3 * 7
+    assert limits.multiplications("lstm", SMALL, True) == 3 * 4 * 4 * (5 + 4) * 3 * 7
+
+
 def test_nan_and_missing_results_are_refused() -> None:
     good = [torch.zeros(3)]
     with pytest.raises(peers.WrongResult, match="away"):
@@ -152,7 +183,7 @@ def test_nan_and_missing_results_are_refused() -> None:
 
 
 def test_training_sides_keep_their_own_gradients() -> None:
-    calls = peers.training_calls("rnn", SMALL)
+    calls = cases.training_calls("rnn", SMALL)
     first = calls["torch.nn"]()
     kept = [g.clone() for g in first]
     second = calls["fusedrnn"]()
@@ -213,7 +244,7 @@ def test_report() -> None:
 
 
 def test_summary_takes_the_quickest_peer() -> None:
-    ratios = {"torch.nn": 3.0, "OpenVINO": 2.5, "ONNX Runtime": 4.0}
+    ratios = {"torch.nn": 3.0, "OpenVINO": 2.5, "ONNX Runtime": 4.0, cases.LAYER: 1.2}
     seconds = dict.fromkeys([*ratios, "fusedrnn"], 1e-3)
     text = "\n".join(report.summary([report.Result("gru", "forward", SMALL, seconds, ratios, 9)]))
     assert f"| the quickest peer | 2.50 (2.10) | 2.50 (0.95) | at {SMALL} |" in text
@@ -336,7 +367,7 @@ def let_another_spend(seconds: float) -> None:
 
 
 def telemetry_of_openvino() -> object:
-    peers.forward_calls("rnn", SMALL, ["openvino"], 1)
+    cases.forward_calls("rnn", SMALL, ["openvino"], 1)
     return sys.modules.get("openvino_telemetry")
 
 

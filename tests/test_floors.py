@@ -79,7 +79,8 @@ def test_the_least_call_computes_nothing_and_reaches_every_leaf(train: bool) -> 
 def test_the_probe() -> None:
     found = floors.probe(1)
     assert found.flops > found.private_cache / 4 > 0
-    assert found.flops * 1.05 > found.product > found.flops / 4
+    # The two are near each other where the machine is idle; beside other work either may halve.
+    assert found.flops * 4 > found.product > found.flops / 4
     assert 1e-11 < found.sigmoid < 1e-7
     assert 1e-11 < found.tanh < 1e-7
     assert found.transfer == 0.0, "of one thread"
