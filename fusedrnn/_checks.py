@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedrnn.reference import GATES
 
@@ -21,6 +21,7 @@ __all__ = [
     "check_params",
     "check_reset",
     "check_state",
+    "mode_of",
     "rnn_mode",
 ]
 
@@ -161,6 +162,15 @@ def check_params(
                 f"params[{index}] must have dtype {params[0].dtype} on {params[0].device}, as "
                 f"params[0], got {param.dtype} on {param.device}"
             )
+
+
+def mode_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
+    """The mode of a recurrent module, torch.nn's or fusedrnn's; ValueError as :func:`rnn_mode`."""
+    if isinstance(module, nn.RNNBase):
+        return module.mode
+    if isinstance(module, nn.RNNCell):
+        return rnn_mode(module.nonlinearity)
+    return "LSTM" if isinstance(module, nn.LSTMCell) else "GRU"
 
 
 def rnn_mode(nonlinearity: str) -> str:

@@ -79,7 +79,7 @@ class LSTMCell(nn.LSTMCell):
 
 _is_compiling = torch.compiler.is_compiling
 
-_PARAMETER_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+CELL_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def _check_ranks(name: str, input: Tensor, *states: Tensor | None) -> None:
@@ -101,10 +101,16 @@ def _step(
         found = _C.cell_step(cell, mode, input, h, c)
         if found is not None:
             return found
-    params: Sequence[Tensor] = [getattr(cell, key) for key in _PARAMETER_NAMES]
-    has_biases = params[2] is not None
-    if not has_biases:
-        params = params[:2]
+    w_ih, w_hh, b_ih, b_hh = (getattr(cell, key) for key in CELL_PARAMETERS)
+    has_biases = b_ih is not None or b_hh is not None
+    params: Sequence[Tensor] = [w_ih, w_hh]
+    if has_biases:  # as torch.nn, of which one may be missing
+        params = [
+            w_ih,
+            w_hh,
+            torch.zeros_like(b_hh) if b_ih is None else b_ih,
+            torch.zeros_like(b_ih) if b_hh is None else b_hh,
+        ]
     _check_ranks(name, input, h, *(() if c is None else (c,)))
     batched = input.dim() == 2
     x = input if batched else input.unsqueeze(0)

@@ -54,7 +54,8 @@ def lstm(
         input: (T, B, I), (B, T, I) if ``batch_first``, (T, I) for one row, or a PackedSequence.
         hx: h_0 (L*D, B, P) and c_0 (L*D, B, H), without B for one row; None for zeros.
         params: for each layer and direction w_ih (4H, I or D*P), w_hh (4H, P), then b_ih, b_hh
-            (4H,) if ``has_biases``, then w_hr (P, H) if projected: torch.nn.LSTM's own order.
+            (4H,) if ``has_biases``, then w_hr (P, H) if projected: torch.nn.LSTM's own order. The
+            4H rows are blocks of H for the gates i, f, g, o.
         dropout: probability between layers, applied while ``training``.
         lengths: int64 (B,), valid steps of each row, 0 allowed, in any order. Padding is never
             read, its output and gradient are zero; h_n and c_n are those after each row's last
@@ -62,8 +63,9 @@ def lstm(
         reset: bool (T, B), (B, T) if ``batch_first``, (T,) for one row: where true a new segment
             starts, so the state entering that step is zero in every layer, and the reverse
             direction is cut at the same place.
-        recompute: keep no gates for the backward pass, which then makes them anew: memory for x
-            and output alone, for about a forward pass's time. CPU only.
+        recompute: keep no gates for the backward pass, which then makes them anew: memory for x,
+            output and, for LSTM, c of every ``max(1, 256 // B)``-th step, for up to a third more
+            time. CPU only.
 
     Returns:
         output, shaped as input with D*P features, and (h_n, c_n), shaped as hx; in input's dtype.
@@ -97,7 +99,7 @@ def gru(
     """Gated recurrent unit: Cho et al. 2014, the reset gate after the product as in torch.nn.
 
     Arguments, results and errors as for :func:`lstm`, with hx a single tensor (L*D, B, H), weights
-    of 3H rows, and no projection.
+    of 3H rows, blocks of H for r, z, n, and no projection.
     """
     check_params("GRU", params, has_biases, num_layers, bidirectional)
     check_dropout(dropout)

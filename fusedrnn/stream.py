@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fusedrnn._checks import mode_of
 from fusedrnn._ops import _C
-from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
+from fusedrnn.cells import CELL_PARAMETERS, GRUCell, LSTMCell, RNNCell
 from fusedrnn.modules import GRU, LSTM, RNN
 from fusedrnn.reference import GATES
 
@@ -54,8 +55,9 @@ class Stream:
 
     Raises:
         TypeError: module or weights are of another kind.
-        ValueError: the module is bidirectional, has forward hooks or a ``forward`` of its own,
-            batch_size is no integer or below 1, or rows of weights are too long for sums of int8.
+        ValueError: the module is bidirectional, has forward hooks or a ``forward`` of its own, or
+            parameters that do not fit together; batch_size is no integer or below 1; rows of
+            weights are too long for sums of int8.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Stream:
             raise TypeError(
                 f"weights must be torch.float32, torch.bfloat16 or torch.int8, got {weights!r}"
             )
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         self.weights = weights
         self.batch_size = batch_size
@@ -78,6 +80,7 @@ class Stream:
             for mode, tensors in _layers_of(module)
         ]
         _check_forward(module)
+        _check_shapes(params)
         self._modes = [mode for mode, _ in params]
         self._sizes = [(p[1].shape[1], p[0].shape[0] // GATES[mode]) for mode, p in params]
         if weights == torch.int8:
@@ -154,6 +157,15 @@ class Stream:
         other._stream = self._stream.fork()
         return other
 
+    def __copy__(self) -> Stream:
+        """As :meth:`fork`, in the same state: the weights never change."""
+        other = self.fork()
+        other.state = self.state
+        return other
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Stream:
+        return self.__copy__()
+
     def __repr__(self) -> str:
         return (
             f"Stream({self._modes[0]}, layers={len(self._modes)}, input_size={self.input_size}, "
@@ -185,7 +197,33 @@ def _check_int8_sums(params: list[tuple[str, list[Tensor | None]]]) -> None:
             )
 
 
+def _check_shapes(params: list[tuple[str, list[Tensor | None]]]) -> None:
+    """Parameters that do not fit together would have the kernels read past their ends."""
+    inputs: int | None = None
+    for layer, (mode, tensors) in enumerate(params):
+        w_ih, w_hh, *_, w_hr = tensors
+        if w_ih is None or w_hh is None or w_ih.dim() != 2 or w_hh.dim() != 2:
+            raise ValueError(f"module: expected matrices weight_ih and weight_hh in layer {layer}")
+        hidden = w_ih.shape[0] // GATES[mode]
+        rows, state = GATES[mode] * hidden, hidden if w_hr is None else w_hh.shape[1]
+        if hidden == 0 or state == 0:
+            raise ValueError(f"module: expected a hidden_size of at least 1 in layer {layer}")
+        columns = w_ih.shape[1] if inputs is None else inputs
+        expected = [(rows, columns), (rows, state), (rows,), (rows,), (state, hidden)]
+        for name, tensor, shape in zip(
+            (*CELL_PARAMETERS, "weight_hr"), tensors, expected, strict=True
+        ):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(
+                    f"module: expected {name} of shape {shape} in layer {layer}, got "
+                    f"{tuple(tensor.shape)}"
+                )
+        inputs = state
+
+
 def _plain(t: Tensor) -> Tensor:
+    if not t.is_floating_point():
+        raise TypeError(f"expected floating-point values, got {t.dtype}")
     return t.detach().to("cpu", torch.float32).resolve_neg().contiguous()
 
 
@@ -216,22 +254,14 @@ def _layers_of(module: nn.Module) -> list[tuple[str, list[Tensor | None]]]:
                 "module is bidirectional: its reverse direction begins at the end of a sequence, "
                 "which a stream does not know"
             )
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        names = (*CELL_PARAMETERS, "weight_hr")
         return [
             (module.mode, [_weight(module, f"{name}_l{layer}") for name in names])
             for layer in range(module.num_layers)
         ]
-    for kind, mode in ((nn.LSTMCell, "LSTM"), (nn.GRUCell, "GRU"), (nn.RNNCell, "RNN")):
-        if isinstance(module, kind):
-            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            if mode == "RNN":
-                mode = f"RNN_{module.nonlinearity.upper()}"
-                if mode not in GATES:
-                    raise ValueError(
-                        "module: nonlinearity must be 'tanh' or 'relu', got "
-                        f"{module.nonlinearity!r}"
-                    )
-            return [(mode, [*(_weight(module, name) for name in names), None])]
+    if isinstance(module, nn.LSTMCell | nn.GRUCell | nn.RNNCell):
+        params = [_weight(module, name) for name in CELL_PARAMETERS]
+        return [(mode_of(module), [*params, None])]
     raise TypeError(
         "module must be an RNN, LSTM, GRU or one of their cells, got " + type(module).__name__
     )

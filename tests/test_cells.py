@@ -176,3 +176,22 @@ def test_the_comparison_can_fail() -> None:
     exact = execute(oracle.twin(cell, torch.float64), case, given)
     with pytest.raises(AssertionError, match="beyond twice"):
         oracle.agree(execute(wrong, case, given), execute(cell, case, given), exact)
+
+
+@pytest.mark.parametrize("missing", [("bias_ih",), ("bias_hh",), ("bias_ih", "bias_hh")])
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_a_bias_that_is_taken_away(name: str, missing: tuple[str, ...]) -> None:
+    """As in torch.nn, which looks at the parameters, not at the flag of the constructor."""
+    theirs, ours = getattr(nn, name)(3, 4), getattr(fusedrnn, name)(3, 4)
+    ours.load_state_dict(theirs.state_dict())
+    ours.bias = False
+    for cell in (theirs, ours):
+        for bias in missing:
+            setattr(cell, bias, None)
+    x = torch.randn(2, 3)
+    found = []
+    for cell in (theirs, ours):
+        outputs = oracle.tensors(cell(x))
+        gradients = torch.autograd.grad(outputs[0].sum(), list(cell.parameters()))
+        found.append((*outputs, *gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)

@@ -102,6 +102,24 @@ def test_twice_is_once() -> None:
     assert type(model.encoder[0]) is nn.LSTM
 
 
+def test_whoever_else_refers_to_a_module_goes_on_with_it() -> None:
+    """A list, a tuple, torch.compile's wrapper: the very object is the fused one."""
+    model = nn.Module()
+    model.layer = nn.LSTM(3, 4, 2, dropout=0.5)
+    model.kept = [model.layer]
+    model.also = (model.layer,)
+    wrapped = torch.compile(nn.GRU(3, 4, 2, dropout=0.5), backend="eager")
+    x = torch.randn(5, 2, 3)
+    for swap, kind in ((fusedrnn.convert, fusedrnn), (fusedrnn.revert, nn)):
+        swap(model)
+        assert type(model.layer) is kind.LSTM
+        assert model.kept[0] is model.also[0] is model.layer
+        swap(wrapped).eval()
+        assert type(wrapped._orig_mod) is kind.GRU
+        assert wrapped(x)[0].equal(wrapped(x)[0]), "dropout while evaluating"
+        wrapped.train()
+
+
 def test_optimizers_stay_valid() -> None:
     model = nn.Sequential(nn.GRU(3, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -145,6 +145,14 @@ class TestTransforms:
 
         close(grad(slope, argnums=(0, 1))(x, w), expected[1])
 
+    def test_tangents_of_tangents(self, mode: str, form: str) -> None:
+        ours, composed, x, w = problem(mode, form)
+        u, v = ((torch.randn_like(x), torch.randn_like(w)) for _ in range(2))
+        found, expected = (
+            jvp(lambda x, w, f=f: jvp(f, (x, w), u)[1], (x, w), v) for f in (ours, composed)
+        )
+        close(found, expected)
+
     def test_dual_numbers(self, mode: str, form: str) -> None:
         ours, composed, x, w = problem(mode, form)
         tangents = torch.randn_like(x), torch.randn_like(w)

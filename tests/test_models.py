@@ -30,6 +30,46 @@ def parts(state: Any) -> tuple[Tensor, ...]:
 # ---- the encoder --------------------------------------------------------------------------------
 
 
+def test_encoder_drops_out_between_layers_in_training() -> None:
+    encoder = models.Encoder(5, 4, num_layers=3, dropout=0.5)
+    x = torch.randn(4, 6, 5)
+    torch.manual_seed(1)
+    found, _ = encoder(x)
+    torch.manual_seed(1)
+    y = x
+    for index, layer in enumerate(encoder.stack.layers):
+        y = layer(F.dropout(y, 0.5) if index > 0 else y)[0]
+    assert found.equal(y)
+    encoder.eval()
+    assert encoder(x)[0].equal(encoder(x)[0])
+
+
+def test_decoder_drops_out_in_training() -> None:
+    decoder = models.AttentionDecoder(9, 5, 4, attention=None, dropout=0.5)
+    hidden = (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4))
+
+    def logits(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return decoder(torch.ones(3, 2, dtype=torch.long), decoder.initial_state(hidden))[0]
+
+    assert logits(1).equal(logits(1))
+    assert not logits(1).equal(logits(2))
+    decoder.eval()
+    assert logits(1).equal(logits(2))
+
+
+def test_padding_stays_zero() -> None:
+    encoder = models.Encoder(5, 4, num_embeddings=9, padding_idx=2)
+    decoder = models.AttentionDecoder(9, 5, 4, attention=None, padding_idx=2)
+    tokens = torch.tensor([[2, 3, 2]])
+    output, hidden = encoder(tokens)
+    (output.sum() + decoder(tokens, decoder.initial_state(hidden))[0].sum()).backward()
+    for part in (encoder, decoder):
+        assert part.embedding.weight[2].eq(0).all()
+        assert part.embedding.weight.grad[2].eq(0).all()
+        assert part.embedding.weight.grad[3].ne(0).any()
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_encoder_is_torchs_layers_row_by_row(cell: str, bidirectional: bool) -> None:

@@ -293,6 +293,15 @@ def test_autocast(name: str, form: str, dtype: torch.dtype, with_hx: torch.dtype
         assert parameter.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ALL_NAMES)
+def test_autocast_leaves_float64(name: str) -> None:
+    theirs, ours = (net.double() for net in pair(name))
+    options = (name, "dense", torch.float64, False, torch.float64)
+    expected, found = autocast_call(theirs, *options), autocast_call(ours, *options)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 def test_autocast_with_a_projection() -> None:
     theirs, ours = pair("LSTM", proj_size=2)
     for form in ("dense", "packed"):

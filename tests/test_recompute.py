@@ -272,6 +272,11 @@ def test_convert() -> None:
     fusedrnn.revert(net)
     assert not any("recompute" in vars(module) for module in net)
     assert not fusedrnn.convert(net)[0].recompute
+    fusedrnn.convert(net, recompute=True)
+    assert net[0].recompute, "those that are fused already too"
+    assert net[2].recompute
+    fusedrnn.convert(net)
+    assert net[0].recompute, "as they were"
 
 
 @with_modes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +61,7 @@ def test_bad_modules() -> None:
         Stream(nn.Linear(3, 4))
     with pytest.raises(TypeError, match=r"weights must be torch.float32, .* got torch.float16"):
         Stream(nn.GRU(3, 4), weights=torch.float16)
-    for batch in (0, -1, 2.0):
+    for batch in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
             Stream(nn.GRU(3, 4), batch_size=batch)
 
@@ -85,7 +88,7 @@ def test_modules_that_compute_something_else() -> None:
             Stream(module)
     unknown = nn.RNNCell(3, 4)
     unknown.nonlinearity = "foo"
-    with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu', got 'foo'"):
+    with pytest.raises(ValueError, match="Unknown nonlinearity 'foo'"):
         Stream(unknown)
 
     class Renamed(fusedrnn.GRU):
@@ -153,3 +156,48 @@ def test_rows_too_long_for_int8_sums() -> None:
             continue
         y = fusedrnn.Stream(module, weights=torch.int8).run(torch.ones(1, size))
         torch.testing.assert_close(y, torch.ones(1, 1), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("weight_hh_l0", (3, 8)),
+        ("weight_hh_l1", (24, 7)),
+        ("weight_ih_l1", (24, 5)),
+        ("weight_ih_l0", (2, 3)),
+        ("bias_hh_l0", (3,)),
+        ("bias_ih_l1", (24, 1)),
+    ],
+)
+def test_parameters_that_do_not_fit_together(name: str, shape: tuple[int, ...]) -> None:
+    module = nn.GRU(3, 8, 2)
+    setattr(module, name, nn.Parameter(torch.zeros(shape)))
+    with pytest.raises(ValueError, match="module: expected "):
+        Stream(module)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_values_that_are_no_floating_point_numbers() -> None:
+    with pytest.raises(TypeError, match=r"expected floating-point values, got torch\.complex64"):
+        Stream(nn.GRU(3, 4).to(torch.complex64))
+
+
+def test_a_projection_of_another_size() -> None:
+    module = nn.LSTM(3, 8, proj_size=4)
+    module.weight_hr_l0 = nn.Parameter(torch.zeros(4, 7))
+    with pytest.raises(ValueError, match=r"expected weight_hr of shape \(4, 8\) in layer 0"):
+        Stream(module)
+
+
+def test_copies_keep_their_own_state() -> None:
+    stream = Stream(nn.LSTM(3, 4, 2))
+    stream.step(torch.randn(3))
+    for other in (copy.copy(stream), copy.deepcopy(stream)):
+        for mine, theirs in zip(other.state, stream.state, strict=True):
+            assert mine.equal(theirs)
+        before = stream.state[0]
+        other.step(torch.randn(3))
+        assert stream.state[0].equal(before)
+        assert not other.state[0].equal(before)
+    with pytest.raises(TypeError, match="pickle"):
+        pickle.dumps(stream)

@@ -16,7 +16,7 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 def check_positive(**values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 

@@ -103,9 +103,8 @@ def restricted(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor
     if top_p is not None:
         ordered, order = logits.sort(-1, descending=True)
         shares = ordered.softmax(-1)
-        # The likelier ones already make up top_p: the first token never does.
+        # The likelier ones already make up top_p; none of them are likelier than the first token.
         enough = shares.cumsum(-1) - shares >= top_p
-        enough[:, 0] = False
         logits = logits.masked_fill(enough.gather(1, order.argsort(-1)), -torch.inf)
     return logits
 

@@ -12,31 +12,28 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fusedrnn._checks import mode_of
+from fusedrnn.cells import CELL_PARAMETERS
 from fusedrnn.reference import GATES
 
 M = TypeVar("M", bound=nn.Module)
-
-_CELL_MODES = {nn.RNNCell: "RNN_TANH", nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
 
 
 def _recurrent(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Every recurrent module and its mode."""
     found = False
     for part in module.modules():
-        mode = part.mode if isinstance(part, nn.RNNBase) else None
-        for kind, name in _CELL_MODES.items():
-            mode = name if isinstance(part, kind) else mode
-        if mode is not None:
+        if isinstance(part, nn.RNNBase | nn.RNNCell | nn.LSTMCell | nn.GRUCell):
             found = True
-            yield part, mode
+            yield part, mode_of(part)
     if not found:
         raise ValueError(f"module: expected a recurrent module inside {type(module).__name__}")
 
 
 def _named(module: nn.Module, kind: str) -> Iterator[Tensor]:
     """The module's own parameters of a kind, ``weight_hh`` or ``bias``, of all its layers."""
-    cell = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    for name in module._flat_weights_names if isinstance(module, nn.RNNBase) else cell:
+    layer = isinstance(module, nn.RNNBase)
+    for name in module._flat_weights_names if layer else CELL_PARAMETERS:
         if not name.startswith(kind):
             continue
         if name not in module._parameters:
