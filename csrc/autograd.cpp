@@ -224,12 +224,34 @@ bool suits(const OptionalTensor& t, at::IntArrayRef shape, const at::Tensor& x) 
 
 // torch.jit.trace gives programs for inference, and compares two traces, of which the second is
 // made without gradients.
-bool records(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-             const std::vector<at::Tensor>& params) {
+bool records(const LayerInputs& in) {
   const auto requires_grad = [](const at::Tensor& t) { return t.requires_grad(); };
   return at::GradMode::is_enabled() && !torch::jit::tracer::isTracing() &&
-         (std::any_of(params.begin(), params.end(), requires_grad) || requires_grad(x) ||
-          (h0 && requires_grad(*h0)) || (c0 && requires_grad(*c0)));
+         (std::any_of(in.params.begin(), in.params.end(), requires_grad) || requires_grad(in.x) ||
+          (in.h0 && requires_grad(*in.h0)) || (in.c0 && requires_grad(*in.c0)));
+}
+
+// y, which is undefined in the op's form without an axis of steps, h_n and c_n.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const std::string& mode, const LayerInputs& in,
+                                                   bool has_biases, bool bidirectional,
+                                                   bool recompute) {
+  at::Tensor y, h_n, c_n;
+  const bool one_step = in.x.dim() == 2 && !in.batch_sizes;
+  if (records(in)) {
+    auto outputs = LayerNode::apply(mode, in.x, in.h0, in.c0, in.params, in, has_biases,
+                                    bidirectional, recompute, &c_n);
+    auto next = outputs.begin();
+    if (!one_step) y = std::move(*next++);
+    h_n = std::move(*next++);
+    if (next != outputs.end()) c_n = std::move(*next);
+  } else {
+    at::Tensor gates, cells;
+    std::tie(y, h_n, c_n, gates, cells) =
+        forward_op()(mode, in.x, in.lengths, in.batch_sizes, in.reset, in.h0, in.c0, in.params,
+                     has_biases, bidirectional, /*save=*/false, /*recompute=*/false);
+    if (one_step) y.reset();
+  }
+  return {std::move(y), std::move(h_n), std::move(c_n)};
 }
 
 }  // namespace
@@ -242,18 +264,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer(
   // The op's form without an axis of steps is cell_step's.
   TORCH_CHECK_VALUE(x.dim() == (batch_sizes ? 2 : 3), "x: expected shape ",
                     batch_sizes ? "(N, input_size)" : "(T, B, input_size)", ", got ", x.sizes());
-  if (!records(x, h0, c0, params)) {
-    auto [y, h_n, c_n, gates, cells] =
-        forward_op()(mode, x, lengths, batch_sizes, reset, h0, c0, params, has_biases,
-                     bidirectional, /*save=*/false, /*recompute=*/false);
-    return {std::move(y), std::move(h_n), std::move(c_n)};
-  }
   const LayerInputs in{x, lengths, batch_sizes, reset, h0, c0, params};
-  at::Tensor c_n;
-  auto outputs = LayerNode::apply(mode, x, h0, c0, at::TensorList(params), in, has_biases,
-                                  bidirectional, recompute, &c_n);
-  if (outputs.size() == 3) c_n = std::move(outputs[2]);
-  return {std::move(outputs[0]), std::move(outputs[1]), std::move(c_n)};
+  return run(mode, in, has_biases, bidirectional, recompute);
 }
 
 std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> plain_layer(
@@ -264,7 +276,8 @@ std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> plain_layer(
   const at::Tensor& w_hh = params[1];
   if (input.dim() != 3 || needs_a_closer_look() || !suits(input, w_ih)) return std::nullopt;
   const at::Tensor x = batch_first ? input.transpose(0, 1) : input;
-  const int64_t directions = bidirectional ? 2 : 1, hidden = w_ih.size(0) / 4;
+  const int64_t directions = bidirectional ? 2 : 1;
+  const int64_t hidden = w_ih.size(0) / 4;  // of an LSTM, which alone has a c0
   if (x.size(0) == 0 || !suits(h0, {directions, x.size(1), w_hh.size(1)}, x) ||
       !suits(c0, {directions, x.size(1), hidden}, x)) {
     return std::nullopt;
@@ -282,19 +295,10 @@ std::optional<std::tuple<at::Tensor, at::Tensor>> cell_step(
   if (x.dim() != 2 || needs_a_closer_look() || !suits(x, params[0])) return std::nullopt;
   const std::array<int64_t, 2> state = {x.size(0), params[1].size(1)};
   if (!suits(h, state, x) || !suits(c, state, x)) return std::nullopt;
-  if (!records(x, h, c, params)) {
-    auto [y, h_n, c_n, gates, cells] =
-        forward_op()(mode, x, std::nullopt, std::nullopt, std::nullopt, h, c, params, has_biases,
-                     /*bidirectional=*/false, /*save=*/false, /*recompute=*/false);
-    return std::tuple{std::move(h_n), std::move(c_n)};
-  }
   const OptionalTensor none;
   const LayerInputs in{x, none, none, none, h, c, params};
-  at::Tensor c_n;
-  auto outputs = LayerNode::apply(mode, x, h, c, at::TensorList(params), in, has_biases,
-                                  /*bidirectional=*/false, /*recompute=*/false, &c_n);
-  if (outputs.size() == 2) c_n = std::move(outputs[1]);
-  return std::tuple{std::move(outputs[0]), std::move(c_n)};
+  auto [y, h_n, c_n] = run(mode, in, has_biases, /*bidirectional=*/false, /*recompute=*/false);
+  return std::tuple{std::move(h_n), std::move(c_n)};
 }
 
 }  // namespace fusedrnn

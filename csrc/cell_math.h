@@ -8,7 +8,10 @@
 // that independent work fills the wait for an activation's long chain.
 #pragma once
 
+#include <type_traits>
+
 #include "activations.h"
+#include "recurrence.h"
 
 FUSEDRNN_ISA_BEGIN
 
@@ -78,19 +81,20 @@ struct GruGates {
   V a_n;  // n before its activation
 };
 
-// a_n = x_n + r h_n, where x_n = W_in x + b_in and h_n = W_hn h + b_hn
+// a_n = a_in + r a_hn, where a_in = W_in x + b_in and a_hn = W_hn h + b_hn, the two halves of n's
+// pre-activation
 template <class V>
-FUSEDRNN_HD V gru_sum(V x_n, V r, V h_n) {
-  return x_n + r * h_n;
+FUSEDRNN_HD V gru_sum(V a_in, V r, V a_hn) {
+  return a_in + r * a_hn;
 }
 
 // a_r, a_z: whole pre-activations. r = sigmoid(a_r), z = sigmoid(a_z), and a_n
 template <class V>
-FUSEDRNN_HD GruGates<V> gru_gates(V a_r, V a_z, V x_n, V h_n) {
+FUSEDRNN_HD GruGates<V> gru_gates(V a_r, V a_z, V a_in, V a_hn) {
   GruGates<V> s;
   s.r = sigmoid(a_r);
   s.z = sigmoid(a_z);
-  s.a_n = gru_sum(x_n, s.r, h_n);
+  s.a_n = gru_sum(a_in, s.r, a_hn);
   return s;
 }
 
@@ -116,17 +120,17 @@ FUSEDRNN_HD GruState<V> gru_state(V a_n, V z, V h_prev) {
 
 template <class V>
 struct GruGradient {
-  V da_r, da_z, dx_n, dh_n;
+  V da_r, da_z, da_in, da_hn;
   V dh_prev;  // the share that does not pass through W_hh
 };
 
 template <class V>
-FUSEDRNN_HD GruGradient<V> gru_backward(V r, V z, V n, V h_n, V h_prev, V dh) {
+FUSEDRNN_HD GruGradient<V> gru_backward(V r, V z, V n, V a_hn, V h_prev, V dh) {
   using S = ScalarOf<V>;
   GruGradient<V> d;
-  d.dx_n = dh * (S(1) - z) * (S(1) - n * n);
-  d.dh_n = d.dx_n * r;
-  d.da_r = d.dx_n * h_n * r * (S(1) - r);
+  d.da_in = dh * (S(1) - z) * (S(1) - n * n);
+  d.da_hn = d.da_in * r;
+  d.da_r = d.da_in * a_hn * r * (S(1) - r);
   d.da_z = dh * (h_prev - n) * z * (S(1) - z);
   d.dh_prev = dh * z;
   return d;
@@ -155,5 +159,8 @@ struct Relu {
     return h <= V{} ? V{} : dh;
   }
 };
+
+template <Cell kCell>
+using RnnActivation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
 
 FUSEDRNN_ISA_END

@@ -11,8 +11,8 @@ const std::string& mode_of(Cell cell) {
 }
 
 Cell cell_of(const std::string& mode) {
-  for (const Cell cell : {Cell::kLstm, Cell::kGru, Cell::kRnnTanh, Cell::kRnnRelu}) {
-    if (mode == mode_of(cell)) return cell;
+  for (int i = 0; i < kCells; ++i) {
+    if (mode == mode_of(static_cast<Cell>(i))) return static_cast<Cell>(i);
   }
   TORCH_CHECK_VALUE(false, "mode: expected 'LSTM', 'GRU', 'RNN_TANH' or 'RNN_RELU', got '", mode,
                     "'");
@@ -47,9 +47,22 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
                     : in.lengths  ? "lengths"
                                   : "reset",
                     ", got ", x.sizes());
+  read_params(x, in.params);
+  if (packed) {
+    read_batch_sizes(in);
+  } else {
+    steps = one_step ? 1 : x.size(0);
+    batch = x.size(-2);
+    rows = steps * batch;
+    TORCH_CHECK_VALUE(steps > 0, "x: expected a sequence length larger than 0, got shape ",
+                      x.sizes());
+  }
+  check_options(in);
+}
 
+void Layer::read_params(const at::Tensor& x, at::TensorList params) {
   const int biases = has_biases ? 2 : 0;
-  const int64_t count = static_cast<int64_t>(in.params.size());
+  const int64_t count = static_cast<int64_t>(params.size());
   params_per_direction = static_cast<int>(count / directions);
   TORCH_CHECK_VALUE(count % directions == 0 &&
                         (params_per_direction == 2 + biases || params_per_direction == 3 + biases),
@@ -58,8 +71,8 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
   sizes.projected = params_per_direction == 3 + biases;
   TORCH_CHECK_VALUE(!sizes.projected || cell == Cell::kLstm,
                     "params: only the LSTM has a projection");
-  const at::Tensor& w_ih = in.params[0];
-  const at::Tensor& w_hh = in.params[1];
+  const at::Tensor& w_ih = params[0];
+  const at::Tensor& w_hh = params[1];
   const int gates = gate_blocks(cell);
   TORCH_CHECK_VALUE(w_ih.dim() == 2 && w_ih.size(0) > 0 && w_ih.size(0) % gates == 0,
                     "params[0] (w_ih): expected shape (", gates,
@@ -72,45 +85,44 @@ Layer::Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bo
                     " * hidden_size, proj_size) with proj_size > 0, got ", w_hh.sizes());
   for (int d = 0; d < directions; ++d) {
     const int64_t rows_of_gates = gates * sizes.hidden;
-    check_like("w_ih", param(in.params, d, 0), {rows_of_gates, sizes.input}, x);
-    check_like("w_hh", param(in.params, d, 1), {rows_of_gates, sizes.output}, x);
-    for (int b = 0; b < biases; ++b) {
-      check_like(b == 0 ? "b_ih" : "b_hh", param(in.params, d, 2 + b), {rows_of_gates}, x);
+    check_like("w_ih", param(params, d, Param::kWih), {rows_of_gates, sizes.input}, x);
+    check_like("w_hh", param(params, d, Param::kWhh), {rows_of_gates, sizes.output}, x);
+    if (has_biases) {
+      check_like("b_ih", param(params, d, Param::kBih), {rows_of_gates}, x);
+      check_like("b_hh", param(params, d, Param::kBhh), {rows_of_gates}, x);
     }
     if (sizes.projected) {
-      check_like("w_hr", param(in.params, d, 2 + biases), {sizes.output, sizes.hidden}, x);
+      check_like("w_hr", param(params, d, Param::kWhr), {sizes.output, sizes.hidden}, x);
     }
   }
+}
 
-  if (packed) {
-    const at::Tensor& b = *in.batch_sizes;
-    TORCH_CHECK_VALUE(
-        b.dim() == 1 && b.size(0) > 0 && b.scalar_type() == at::kLong && b.device().is_cpu(),
-        "batch_sizes: expected a non-empty int64 CPU tensor of shape (T,), got ", b.scalar_type(),
-        " ", b.sizes(), " on ", b.device());
-    TORCH_CHECK_VALUE(!in.lengths && !in.reset, in.lengths ? "lengths" : "reset",
-                      ": not accepted together with batch_sizes");
-    steps = b.size(0);
-    const at::Tensor dense = b.contiguous();
-    const int64_t* rows_of_step = dense.const_data_ptr<int64_t>();
-    batch = rows_of_step[0];
-    rows = x.size(0);
-    int64_t sum = 0;
-    for (int64_t t = 0; t < steps; ++t) {
-      TORCH_CHECK_VALUE(rows_of_step[t] >= 0 && (t == 0 || rows_of_step[t] <= rows_of_step[t - 1]),
-                        "batch_sizes: expected non-negative, non-increasing values, got ",
-                        rows_of_step[t], " at step ", t);
-      sum += rows_of_step[t];
-    }
-    TORCH_CHECK_VALUE(sum == rows, "batch_sizes: expected a sum of ", rows,
-                      " like the rows of x, got ", sum);
-  } else {
-    steps = one_step ? 1 : x.size(0);
-    batch = x.size(-2);
-    rows = steps * batch;
-    TORCH_CHECK_VALUE(steps > 0, "x: expected a sequence length larger than 0, got shape ",
-                      x.sizes());
+void Layer::read_batch_sizes(const LayerInputs& in) {
+  const at::Tensor& b = *in.batch_sizes;
+  TORCH_CHECK_VALUE(
+      b.dim() == 1 && b.size(0) > 0 && b.scalar_type() == at::kLong && b.device().is_cpu(),
+      "batch_sizes: expected a non-empty int64 CPU tensor of shape (T,), got ", b.scalar_type(),
+      " ", b.sizes(), " on ", b.device());
+  TORCH_CHECK_VALUE(!in.lengths && !in.reset, in.lengths ? "lengths" : "reset",
+                    ": not accepted together with batch_sizes");
+  steps = b.size(0);
+  const at::Tensor dense = b.contiguous();
+  const int64_t* rows_of_step = dense.const_data_ptr<int64_t>();
+  batch = rows_of_step[0];
+  rows = in.x.size(0);
+  int64_t sum = 0;
+  for (int64_t t = 0; t < steps; ++t) {
+    TORCH_CHECK_VALUE(rows_of_step[t] >= 0 && (t == 0 || rows_of_step[t] <= rows_of_step[t - 1]),
+                      "batch_sizes: expected non-negative, non-increasing values, got ",
+                      rows_of_step[t], " at step ", t);
+    sum += rows_of_step[t];
   }
+  TORCH_CHECK_VALUE(sum == rows, "batch_sizes: expected a sum of ", rows,
+                    " like the rows of x, got ", sum);
+}
+
+void Layer::check_options(const LayerInputs& in) const {
+  const at::Tensor& x = in.x;
   if (in.lengths) {
     TORCH_CHECK_TYPE(in.lengths->scalar_type() == at::kLong, "lengths: expected dtype int64, got ",
                      in.lengths->scalar_type());
@@ -141,7 +153,7 @@ Layer::Shape Layer::state_shape(int64_t units) const {
   return {directions, batch, units};
 }
 
-int64_t Layer::saved_width() const {
+int64_t Layer::saved_stride() const {
   const int64_t width = saved_blocks(cell) * sizes.hidden_padded();
   switch (c10::elementSize(dtype)) {
     case 8:
@@ -194,8 +206,8 @@ void check_backward(const Layer& layer, const BackwardInputs& in, const c10::Lis
   } else {
     TORCH_CHECK_VALUE(!in.dc_n || in.dc_n->numel() == 0, "dc_n: only the LSTM has a cell state");
   }
-  if (saved_blocks(layer.cell) > 1 && !anew) {
-    check("gates", in.gates, {layer.rows, layer.directions, layer.saved_width()}, layer.dtype,
+  if (keeps_gates(layer.cell) && !anew) {
+    check("gates", in.gates, {layer.rows, layer.directions, layer.saved_stride()}, layer.dtype,
           saved);
   }
   TORCH_CHECK_VALUE(mask.size() == in.layer.params.size() + 3, "output_mask: expected ",

@@ -30,7 +30,7 @@ struct LayerInputs {
   at::TensorList params;
 };
 
-// The C++ types of the two ops.
+// The C++ types of the ops that everyday autograd calls.
 using LayerForward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const std::string& mode, const at::Tensor& x, const OptionalTensor& lengths,
     const OptionalTensor& batch_sizes, const OptionalTensor& reset, const OptionalTensor& h0,
@@ -46,6 +46,9 @@ using LayerBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector
 // Checks the shape, and the dtype and device against x's; throws c10::ValueError or c10::TypeError
 // that name the argument.
 void check_like(const char* name, const at::Tensor& t, at::IntArrayRef shape, const at::Tensor& x);
+
+// A direction's parameters, in torch.nn's order, from which biases or a projection may be missing.
+enum class Param { kWih, kWhh, kBih, kBhh, kWhr };
 
 // Sizes and kinds of a call.
 struct Layer {
@@ -66,10 +69,14 @@ struct Layer {
   // that name the argument.
   Layer(const std::string& mode, const LayerInputs& in, bool has_biases, bool bidirectional);
 
-  const at::Tensor& param(at::TensorList params, int direction, int index) const {
-    return params[direction * params_per_direction + index];
+  // Where a direction's parameter stands in `params`.
+  int index_of(int direction, Param param) const {
+    const int index = param == Param::kWhr && !has_biases ? 2 : static_cast<int>(param);
+    return direction * params_per_direction + index;
   }
-  int w_hr_index() const { return has_biases ? 4 : 2; }  // of a layer with a projection
+  const at::Tensor& param(at::TensorList params, int direction, Param param) const {
+    return params[index_of(direction, param)];
+  }
   using Shape = c10::SmallVector<int64_t, 3>;
   Shape y_shape() const;
   // Of h0, h_n and their gradients with units = P, of c0 and c_n with H.
@@ -78,11 +85,18 @@ struct Layer {
   at::Tensor of_direction(const at::Tensor& states, int direction) const {
     return one_step ? states : states.select(0, direction);
   }
-  // Values of one direction in a row of the saved gates, whose blocks are hidden_padded apart.
-  int64_t saved_width() const;
+  // From one direction to the next in a row of the saved gates, whose blocks are hidden_padded
+  // apart.
+  int64_t saved_stride() const;
   // Of the cell states kept for backward: after all steps, or between segments of segment_steps
   // where backward is to recompute the others, then with a row for each of the batch's.
   Shape cells_shape(bool recompute) const;
+
+ private:
+  // The constructor's parts.
+  void read_params(const at::Tensor& x, at::TensorList params);
+  void read_batch_sizes(const LayerInputs& in);
+  void check_options(const LayerInputs& in) const;
 };
 
 // Checks the values of lengths (B) that lie on the CPU: 0..T.
@@ -95,7 +109,7 @@ struct BackwardInputs {
   const at::Tensor &y, &gates, &cells;
   // Whether gates, and cells within segments of time, were not kept.
   bool recomputes(const Layer& layer) const {
-    return saved_blocks(layer.cell) > 1 && gates.dim() == 1 && gates.numel() == 0;
+    return keeps_gates(layer.cell) && gates.dim() == 1 && gates.numel() == 0;
   }
 };
 

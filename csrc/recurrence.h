@@ -50,6 +50,9 @@ inline constexpr int saved_blocks(Cell cell) {
   return cell == Cell::kLstm || cell == Cell::kGru ? 4 : 1;
 }
 inline constexpr bool has_cell_state(Cell cell) { return cell == Cell::kLstm; }
+inline constexpr bool is_rnn(Cell cell) { return cell == Cell::kRnnTanh || cell == Cell::kRnnRelu; }
+// An RNN's output is all that its backward pass needs.
+inline constexpr bool keeps_gates(Cell cell) { return !is_rnn(cell); }
 // The GRU scales the half of n that comes from h, bias included: n's two halves are kept apart.
 inline constexpr bool keeps_n_apart(Cell cell) { return cell == Cell::kGru; }
 // What backward carries from step to step besides dgates is a share of dh itself (GRU: dh z), not
@@ -120,11 +123,13 @@ struct WordOf<uint16_t> {
 template <class E>
 using Word = typename WordOf<E>::Word;
 
-// Words of k values kept as E.
+// Words of k values, `each` to a word; of values kept as E.
+constexpr int64_t words_of(int64_t k, int64_t each) { return (k + each - 1) / each; }
+template <class E>
+inline constexpr int64_t kWordValues = sizeof(Word<E>) / sizeof(E);
 template <class E>
 constexpr int64_t words_of(int64_t k) {
-  constexpr int64_t each = sizeof(Word<E>) / sizeof(E);
-  return (k + each - 1) / each;
+  return words_of(k, kWordValues<E>);
 }
 
 // What the kernels keep for backward where products read words W.
@@ -192,9 +197,10 @@ struct ForwardDirection {
   uint16_t* y_half;        // the same in place of y
   S* gates;  // packed rows of the chunk, (., gates_stride): projected gates, then what is saved;
              // null where neither is
-  int64_t gates_stride;  // >= saved_blocks * Hp
-  int64_t gates_apart;   // values between two threads' gates; 0: all in one place, as saved
-  uint16_t* saved_half;  // bfloat16: where it is saved instead, (., saved_stride); or null
+  int64_t gates_stride;         // >= saved_blocks * Hp
+  int64_t gates_thread_stride;  // from one thread's gates to the next one's; 0: all in one place,
+                                // as saved
+  uint16_t* saved_half;         // bfloat16: where it is saved instead, (., saved_stride); or null
   int64_t saved_stride;
   S* cells;  // packed rows of the whole sequence, (., cells_stride), or null; LSTM
   int64_t cells_stride;
@@ -290,7 +296,7 @@ struct BackwardDirection {
   const S* c0;            // (B, Hp), the same
   const S* dh_n;          // (B, Pp), sorted rows, or null
   E* dgates;              // packed rows of the chunk, (., dgates_stride): scratch
-  int64_t dgates_stride;  // >= saved_blocks * Hp
+  int64_t dgates_stride;  // >= gradient blocks * Hp
   E* dgates_next;         // (B, dgates_stride), scratch: dgates of the step walked just before this
                           // chunk; null where there is one chunk
   S* carry;               // (state rows, Hp): LSTM dc, GRU dh z; holds dc_n or zeros at first
@@ -300,17 +306,18 @@ struct BackwardDirection {
   WeightGradients<S> results;         // written at the first chunk, added to at the others
   uint16_t *dw_ih_half, *dw_hh_half;  // of a single row: bfloat16, in place of dw_ih and dw_hh; or
                                       // null
-  S* apart;    // (groups - 1, apart_stride): what later groups sum by themselves, scratch
-  int* begun;  // (groups): whether a group has written there; zeros at first
+  S* group_gradients;  // (groups - 1, group_gradients_stride): what later groups sum by themselves,
+                       // scratch
+  int* group_has_sum;  // (groups): whether a group has written there; zeros at first
   const uint8_t* reset;
 };
 
 // Where one row's step backward reads and writes, found once for all its tiles.
 template <class S, class E>
 struct BackwardRow {
-  E* dgates;              // (saved_blocks, Hp)
-  const E* dgates_after;  // (saved_blocks, Hp): of the step walked before; zeros where none reach
-                          // this one
+  E* dgates;              // (gradient blocks, Hp)
+  const E* dgates_after;  // (gradient blocks, Hp): of the step walked before; zeros where none
+                          // reach this one
   const E* gates;         // (saved_blocks, Hp); LSTM, GRU
   const E* h;             // (Pp); GRU: h_prev, RNN: h
   const S *c_prev, *c;    // (Hp), LSTM
@@ -336,9 +343,9 @@ struct BackwardArgs {
   // Up to so many groups sum the weights' gradients over their own rows, apart from the others; 1:
   // none do.
   int apart_groups;
-  int64_t apart_stride;  // values of all gradients of a direction's weights, or more
-  int64_t dgates_apart;  // values between two groups' dgates, where they sum apart
-  int64_t* group_rows;   // scratch: which of a chunk's rows are each group's, where they sum apart
+  int64_t group_gradients_stride;  // values of all gradients of a direction's weights, or more
+  int64_t dgates_group_stride;  // from one group's dgates to the next one's, where they sum apart
+  int64_t* group_rows;  // scratch: which of a chunk's rows are each group's, where they sum apart
   Word<E>* columns;  // scratch: per thread, (kMostGradientRows, column_words(words of chunk rows))
   int64_t columns_stride;
   BackwardDirection<S, E> direction[2];

@@ -15,7 +15,7 @@ namespace fusedrnn {
 
 // Rows of a tensor that lives longer than the call, `stride` values apart.
 template <class S>
-struct Rows {
+struct StridedRows {
   S* data;
   int64_t stride;
   S* operator[](int64_t row) const { return data + row * stride; }
@@ -24,7 +24,7 @@ struct Rows {
 // Values and their tangents, row by row.
 template <class S>
 struct DualRows {
-  Rows<S> value, tangent;
+  StridedRows<S> value, tangent;
 };
 
 template <class S>
@@ -33,16 +33,16 @@ struct TangentStep {
   int64_t hidden;
 
   // What the forward pass has kept, saved_blocks blocks `gates_block` apart; LSTM and GRU.
-  Rows<const S> gates;
+  StridedRows<const S> gates;
   int64_t gates_block;
   // Tangents of the pre-activations, blocks H apart: LSTM i, f, g, o; GRU r, z, W_hn h + b_hn,
   // W_in x + b_in; RNN one.
-  Rows<const S> sums;
+  StridedRows<const S> sums;
   DualRows<const S> entering;  // LSTM c, GRU h, before the step; resets are zeros already
-  Rows<const S> c;             // (H), LSTM: after the step
-  Rows<S> c_tangent;           // (H), LSTM: written forward, read backward
-  Rows<const S> h;             // (H), RNN: after the step
-  Rows<S> h_tangent;           // (H): written forward, read backward by the RNN; LSTM: before a
+  StridedRows<const S> c;      // (H), LSTM: after the step
+  StridedRows<S> c_tangent;    // (H), LSTM: written forward, read backward
+  StridedRows<const S> h;      // (H), RNN: after the step
+  StridedRows<S> h_tangent;    // (H): written forward, read backward by the RNN; LSTM: before a
                                // projection
 };
 
@@ -62,9 +62,9 @@ template <class S>
 struct TangentProduct {
   int64_t rows, k, columns;
   int64_t panel_begin, panel_end;
-  Rows<const S> a;
-  const S* packed;
-  Rows<S> out;
+  StridedRows<const S> a;  // (rows, k)
+  const S* packed;         // all panels of W, as tangents_pack makes them
+  StridedRows<S> out;      // (rows, columns)
   bool add;
 };
 

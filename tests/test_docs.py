@@ -1,4 +1,4 @@
-"""What the documents point to is there."""
+"""What the documents point to is there, and what the README shows runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/results/*.md")])
@@ -22,3 +23,13 @@ def test_links(document: Path) -> None:
         link for link in LINK.findall(document.read_text()) if not (document.parent / link).exists()
     ]
     assert not missing
+
+
+def test_the_readmes_examples_run() -> None:
+    """One after another, as a reader would: later ones use the names of earlier ones."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) > 5
+    names = {"model": nn.Sequential(nn.LSTM(3, 4), nn.GRUCell(4, 5))}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["y"].shape == (50, 128)

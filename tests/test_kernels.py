@@ -2,9 +2,9 @@
 
 kernel_check.cpp drives the kernels through csrc/recurrence.h alone, with teams split by rows, by
 hidden units and both, chunks of two steps, ragged rows and resets; tangent_check.cpp does those of
-the tangents, through csrc/tangents.h. tests/kernels/matrix_check.cpp does the products
-of a matrix unit with an emulated one. `make sanitize` runs the same under AddressSanitizer and
-UndefinedBehaviorSanitizer.
+the tangents, through csrc/tangents.h. matrix_check.cpp does the products of a matrix unit with an
+emulated one, plan_check.cpp how calls are cut over threads. `make sanitize` runs the same under
+AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 from __future__ import annotations
@@ -60,6 +60,14 @@ def test_tangents_alone(of_tangents: Path, isa: str) -> None:
     run = subprocess.run([of_tangents, isa], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "896 cases, 0 failures" in run.stdout
+
+
+def test_plans(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [linked("plan_check", tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "25920 plans, 0 failures" in run.stdout
 
 
 @pytest.mark.skipif(CXX is None, reason="needs g++")

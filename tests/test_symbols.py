@@ -89,7 +89,35 @@ def test_the_library_shares_no_kernel_code() -> None:
     assert found.issuperset(fusedrnn.cpu_isas())
 
 
+# At the start of a line: not nested, not a specialisation, not a declaration.
+TYPE = re.compile(
+    r"^(?:struct|class|enum class) (?:alignas\(\w+\) )?(\w+)(?: final)?(?: :[^;{]*)? \{", re.M
+)
+
+
+def types_defined_twice(sources: dict[str, str]) -> dict[str, list[str]]:
+    """Types of the same name in several headers, by where they stand."""
+    found: dict[str, list[str]] = {}
+    for name, text in sources.items():
+        for match in TYPE.finditer(text):
+            found.setdefault(match[1], []).append(name)
+    return {name: where for name, where in found.items() if len(where) > 1}
+
+
+def test_no_two_headers_define_a_type_of_the_same_name() -> None:
+    """The linker would keep one of their inline functions, for both: CPU and CUDA half are linked
+    into one library."""
+    paths = [path for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".cuh")]
+    if not paths:
+        pytest.skip("installed without its sources")
+    sources = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
+    assert types_defined_twice(sources) == {}
+
+
 def test_the_checks_can_fail() -> None:
+    a = "struct Rows {\n};\nclass Walk : public Base {\n};\nstruct Later;\n"
+    b = "template <class T>\nstruct Rows {\n};\nclass Walk final {\n};\nstruct Later {\n};\n"
+    assert types_defined_twice({"a": a, "b": b}) == {"Rows": ["a", "b"], "Walk": ["a", "b"]}
     listing = "\n".join(
         [
             "0000000000000000 W fusedrnn::share(long, int, int)",

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,27 +192,43 @@ def test_calls_at_once() -> None:
         raise failures[0]
 
 
-def test_the_instruction_set_may_change_meanwhile() -> None:
-    net = oracle.fused("GRU", SHAPES["rows"][2:])
-    x = torch.randn(20, 48, 32)
-    with torch.no_grad():
-        expected, _ = net(x)
-        done = threading.Event()
+def twice_differentiated(net: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    weights = list(net.parameters())
+    grads = torch.autograd.grad(net(x)[0].square().sum(), weights, create_graph=True)
+    return list(torch.autograd.grad(sum(g.square().sum() for g in grads), weights))
 
-        def switch() -> None:
-            while not done.is_set():
-                for name in fusedrnn.cpu_isas():
-                    _C.set_cpu_isa(name)
-                    time.sleep(1e-4)
 
-        worker = threading.Thread(target=switch, daemon=True)
-        worker.start()
-        try:
-            for _ in range(60):
-                torch.testing.assert_close(net(x)[0], expected, rtol=1e-5, atol=1e-6)
-        finally:
-            done.set()
-            worker.join(timeout=10)
+@pytest.mark.parametrize(
+    ("call", "mode", "dtype"),
+    [
+        (lambda net, x: [net(x)[0].detach()], "GRU", torch.float32),
+        (oracle.trained, "LSTM", torch.bfloat16),
+        (oracle.trained, "GRU", torch.float16),
+        (twice_differentiated, "GRU", torch.float32),
+    ],
+    ids=["forward", "bfloat16", "float16", "second"],
+)
+def test_the_instruction_set_may_change_meanwhile(call: Any, mode: str, dtype: torch.dtype) -> None:
+    """A call that has begun goes on with the one that it began with."""
+    net = oracle.fused(mode, (33, 17)).to(dtype)
+    x = torch.randn(20, 12, 33).to(dtype)
+    expected = call(net, x)
+    done = threading.Event()
+
+    def switch() -> None:
+        while not done.is_set():
+            for name in fusedrnn.cpu_isas():
+                _C.set_cpu_isa(name)
+                time.sleep(1e-5)
+
+    worker = threading.Thread(target=switch, daemon=True)
+    worker.start()
+    try:
+        for _ in range(200):
+            same(call(net, x), expected)
+    finally:
+        done.set()
+        worker.join(timeout=10)
 
 
 # --- in a process of its own --------------------------------------------------------------------

@@ -5,8 +5,10 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/ops_cpu.h"
+#include "cpu/call_cpu.h"
+#include "cpu/call_scratch.h"
 #include "cpu/recompute.h"
+#include "cpu/weights_cpu.h"
 
 namespace fusedrnn {
 namespace {
@@ -21,8 +23,8 @@ struct GradientTensors {
 };
 
 // Whether the kernels write the weights' gradients as bfloat16: they are sums of one term.
-bool rounds_itself(const Layer& layer) {
-  return is_narrow(layer) && layer.rows == 1 && !layer.sizes.projected;
+bool rounds_itself(const CpuCall& call) {
+  return call.narrow && call.layer.rows == 1 && !call.layer.sizes.projected;
 }
 
 template <class S>
@@ -33,43 +35,44 @@ S* data_or_null(const at::Tensor& t) {
 template <class S, class E>
 class BackwardRun {
  public:
-  BackwardRun(const Layer& layer, const ScheduleStorage& storage, const BackwardInputs& in,
+  BackwardRun(const CpuCall& call, const ScheduleStorage& storage, const BackwardInputs& in,
               const GradientTensors& out)
-      : layer_(layer),
+      : call_(call),
+        layer_(call.layer),
         schedule_(storage.view),
         in_(in),
-        hidden_(layer.sizes.hidden_padded()),
-        output_(layer.sizes.output_padded()),
-        width_(saved_blocks(layer.cell) * hidden_),
+        hidden_(layer_.sizes.hidden_padded()),
+        output_(layer_.sizes.output_padded()),
+        width_(saved_blocks(layer_.cell) * hidden_),
         stride_(row_stride<E>(width_)),
-        recomputes_(in.recomputes(layer)),
-        direct_(in.gates.scalar_type() == kDtype<E> || recomputes_),
-        work_(workload_of(layer, schedule_, 3)),
+        recomputes_(in.recomputes(layer_)),
+        gates_as_kept_(in.gates.scalar_type() == kDtype<E>),
+        work_(workload_of(call, schedule_, 3)),
         bounds_(recomputes_ ? segment_bounds(schedule_) : chunk_bounds(schedule_, work_)),
         most_rows_(chunk_rows(schedule_, bounds_)),
         x_(in.layer.x),
         y_(in.y),
         dy_(in.dy),
-        gates_(direct_ ? Values<E>(in.gates) : Values<E>()),
+        gates_(gates_as_kept_ ? Values<E>(in.gates) : Values<E>()),
         cells_(in.cells),
         h0_(in.layer.h0),
         c0_(in.layer.c0),
         dh_n_(in.dh_n),
-        apart_(state_rows(work_, at::get_num_threads(), hidden_ * sizeof(S))) {
-    args_.sizes = layer.sizes;
+        state_rows_(state_rows(work_, at::get_num_threads(), hidden_ * sizeof(S))) {
+    args_.sizes = layer_.sizes;
     args_.schedule = schedule_;
-    if (!apart_.empty()) args_.schedule.state_row = apart_.data();
-    args_.directions = layer.directions;
+    if (!state_rows_.empty()) args_.schedule.state_row = state_rows_.data();
+    args_.directions = layer_.directions;
     args_.dx = data_or_null<S>(out.dx);
     args_.add_dx = out.add_dx;
-    for (int d = 0; d < layer.directions; ++d) describe(d, storage, out);
+    for (int d = 0; d < layer_.directions; ++d) describe(d, storage, out);
     allocate();
     fill_states();
-    if (recomputes_) recompute_.emplace(layer, storage, in, work_, bounds_);
+    if (recomputes_) recompute_.emplace(call, storage, in, work_, bounds_);
   }
 
   void run() {
-    const auto kernel = current_isa().table<S, E>().backward[static_cast<int>(layer_.cell)];
+    const auto kernel = call_.isa.table<S, E>().backward[static_cast<int>(layer_.cell)];
     const int64_t chunks = static_cast<int64_t>(bounds_.size()) - 1;
     for (int64_t i = 0; i < chunks; ++i) {
       for (int d = 0; d < layer_.directions; ++d) enter_chunk(d, i);
@@ -82,11 +85,12 @@ class BackwardRun {
   void describe(int d, const ScheduleStorage& storage, const GradientTensors& out) {
     BackwardDirection<S, E>& dir = args_.direction[d];
     const Sizes& sizes = layer_.sizes;
-    const auto param = [&](int index) -> const at::Tensor& {
-      return out.dparams[d * layer_.params_per_direction + index];
+    const auto gradient = [&](Param p) {
+      return data_or_null<S>(out.dparams[layer_.index_of(d, p)]);
     };
-    const auto gradient = [&](int index) { return data_or_null<S>(param(index)); };
-    const auto half_gradient = [&](int index) { return data_or_null<uint16_t>(param(index)); };
+    const auto half_gradient = [&](Param p) {
+      return data_or_null<uint16_t>(out.dparams[layer_.index_of(d, p)]);
+    };
     weights_[d] = WeightValues<S, E>(layer_, in_.layer.params, d, /*biases=*/false);
     dir.reverse = d == 1;
     dir.weights = weights_[d].view();
@@ -94,7 +98,7 @@ class BackwardRun {
     dir.y = y_.data() + d * sizes.output;
     dir.y_stride = dir.dy_stride = layer_.directions * sizes.output;
     if (dy_.data() != nullptr) dir.dy = dy_.data() + d * sizes.output;
-    dir.gates_stride = direct_ ? layer_.directions * stride_ : stride_;
+    dir.gates_stride = gates_as_kept_ ? layer_.directions * stride_ : stride_;
     dir.dgates_stride = stride_;
     if (has_cell_state(layer_.cell)) dir.cells = cells_.data() + d * hidden_;
     dir.cells_stride = layer_.directions * hidden_;
@@ -104,18 +108,18 @@ class BackwardRun {
     if (out.dc0.defined()) {
       dir.dc0 = data_or_null<S>(out.dc0) + d * layer_.batch * sizes.hidden;
     }
-    if (rounds_itself(layer_)) {
-      dir.dw_ih_half = half_gradient(0);
-      dir.dw_hh_half = half_gradient(1);
+    if (rounds_itself(call_)) {
+      dir.dw_ih_half = half_gradient(Param::kWih);
+      dir.dw_hh_half = half_gradient(Param::kWhh);
     } else {
-      dir.results.dw_ih = gradient(0);
-      dir.results.dw_hh = gradient(1);
+      dir.results.dw_ih = gradient(Param::kWih);
+      dir.results.dw_hh = gradient(Param::kWhh);
     }
     if (layer_.has_biases) {
-      dir.results.db_ih = gradient(2);
-      dir.results.db_hh = gradient(3);
+      dir.results.db_ih = gradient(Param::kBih);
+      dir.results.db_hh = gradient(Param::kBhh);
     }
-    if (sizes.projected) dir.results.dw_hr = gradient(layer_.w_hr_index());
+    if (sizes.projected) dir.results.dw_hr = gradient(Param::kWhr);
     dir.reset = storage.reset_of(d);
   }
 
@@ -123,17 +127,16 @@ class BackwardRun {
     const Sizes& sizes = layer_.sizes;
     const int64_t gates = gate_blocks(layer_.cell) * hidden_;
     const auto [threads, groups] = most_of_plans(work_, schedule_, bounds_);
-    scratch_.want(&zeros_, layer_.sizes.zero_count());
+    scratch_.want_zeros(&args_.zeros, sizes.zero_count());
     // A single chunk's rows are read by all while they are near. By the number of groups, which
     // unlike that of threads depends on no distance: it changes bits.
     const bool apart = bounds_.size() > 2 && worth_summing_apart(work_, groups, most_rows_);
     args_.apart_groups = apart ? groups : 1;
-    args_.apart_stride = padded(GradientSizes(layer_.cell, sizes).all());
-    args_.dgates_apart = most_rows_ * stride_ + (apart ? kPage / sizeof(E) : 0);
+    args_.group_gradients_stride = padded(GradientSizes(layer_.cell, sizes).all());
+    args_.dgates_group_stride = most_rows_ * stride_ + (apart ? kPage / sizeof(E) : 0);
     if (apart) scratch_.want(&args_.group_rows, most_rows_);
     const int64_t row_words = apart ? words_before<E>(most_rows_, groups) : words_of<E>(most_rows_);
-    args_.rows_stride = rows_apart(layer_.batch);
-    scratch_.want(&args_.rows, threads * args_.rows_stride);
+    want_rows(scratch_, threads, layer_.batch, args_);
     scratch_.want(&args_.previous, most_rows_);
     scratch_.want(&args_.panels[0], row_words * whole_panels(sizes.input));
     scratch_.want(&args_.panels[1], row_words * whole_panels(std::max(sizes.output, sizes.hidden)));
@@ -149,10 +152,10 @@ class BackwardRun {
           scratch_.want(&dir.packed.recurrent, words_of<E>(gates) * whole_panels(sizes.output));
         }
       }
-      scratch_.want(&dir.dgates, args_.apart_groups * args_.dgates_apart);
+      scratch_.want(&dir.dgates, args_.apart_groups * args_.dgates_group_stride);
       if (apart) {
-        scratch_.want(&dir.apart, (groups - 1) * args_.apart_stride);
-        scratch_.want(&dir.begun, groups);
+        scratch_.want(&dir.group_gradients, (groups - 1) * args_.group_gradients_stride);
+        scratch_.want_zeros(&dir.group_has_sum, groups);
       }
       if (bounds_.size() > 2) scratch_.want(&dir.dgates_next, layer_.batch * stride_);
       scratch_.want(&dir.carry, state_row(args_.schedule, layer_.batch) * hidden_);
@@ -163,7 +166,9 @@ class BackwardRun {
         scratch_.want(&c0_copy_[d], layer_.batch * hidden_);
       }
       if (in_.dh_n && !h_as_it_lies) scratch_.want(&dh_n_copy_[d], layer_.batch * output_);
-      if (!direct_) scratch_.want(&widened_[d], most_rows_ * stride_);
+      if (keeps_gates(layer_.cell) && !gates_as_kept_ && !recomputes_) {
+        scratch_.want(&widened_[d], most_rows_ * stride_);
+      }
       if (sizes.projected) {
         scratch_.want(&dir.packed.projection, words_of<E>(sizes.output) * whole_panels(hidden_));
         scratch_.want(&dir.dh, most_rows_ * output_);
@@ -171,11 +176,6 @@ class BackwardRun {
       }
     }
     scratch_.allocate();
-    std::fill(zeros_, zeros_ + layer_.sizes.zero_count(), S(0));
-    args_.zeros = zeros_;
-    for (int d = 0; apart && d < layer_.directions; ++d) {
-      std::fill(args_.direction[d].begun, args_.direction[d].begun + groups, 0);
-    }
   }
 
   void fill_states() {
@@ -204,8 +204,8 @@ class BackwardRun {
     BackwardDirection<S, E>& dir = args_.direction[d];
     dir.chunk = chunk_of(bounds_, index, dir.reverse, true);
     const int64_t first = schedule_.row0[dir.chunk.begin];
-    if (layer_.cell == Cell::kRnnTanh || layer_.cell == Cell::kRnnRelu || recomputes_) return;
-    if (direct_) {
+    if (is_rnn(layer_.cell) || recomputes_) return;
+    if (gates_as_kept_) {
       dir.gates = gates_.data() + (first * layer_.directions + d) * stride_;
       return;
     }
@@ -215,13 +215,14 @@ class BackwardRun {
     dir.gates = widened_[d];
   }
 
+  const CpuCall& call_;
   const Layer& layer_;
   const Schedule& schedule_;
   const BackwardInputs& in_;
   const int64_t hidden_, output_;  // padded
   const int64_t width_, stride_;   // of a row of gates
   const bool recomputes_;
-  const bool direct_;  // gates are kept in the arithmetic's type
+  const bool gates_as_kept_;  // of the type that the kernels read
   const Workload work_;
   const std::vector<int64_t> bounds_;
   const int64_t most_rows_;
@@ -229,11 +230,10 @@ class BackwardRun {
   const Values<S> cells_;
   const Values<E> h0_;
   const Values<S> c0_, dh_n_;
-  const std::vector<int64_t> apart_;  // rows of carry
+  const std::vector<int64_t> state_rows_;  // of carry
   WeightValues<S, E> weights_[2];
   BackwardArgs<S, E> args_{};
   Scratch scratch_;
-  S* zeros_ = nullptr;
   E *h0_copy_[2] = {}, *widened_[2] = {};
   S *c0_copy_[2] = {}, *dh_n_copy_[2] = {};
   std::optional<Recompute<S, E>> recompute_;
@@ -252,6 +252,7 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   const BackwardInputs saved{in, dy, dh_n, dc_n, y, gates, cells};
   check_backward(layer, saved, output_mask, /*may_recompute=*/true);
 
+  const CpuCall call(layer);
   const auto exact = x.options().dtype(layer.accumulate);
   const int64_t directions = layer.directions;
   GradientTensors out;
@@ -276,11 +277,10 @@ Gradients layer_backward(const std::string& mode, const OptionalTensor& dy,
   out.dparams.resize(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     if (!output_mask[3 + i]) continue;
-    const bool rounded = params[i].dim() == 2 && rounds_itself(layer);
+    const bool rounded = params[i].dim() == 2 && rounds_itself(call);
     out.dparams[i] = empty_or_zero(params[i].sizes(), no_steps, rounded ? x.options() : exact);
   }
-  with_types(layer,
-             [&]<class S, class E>() { BackwardRun<S, E>(layer, storage, saved, out).run(); });
+  with_types(call, [&]<class S, class E>() { BackwardRun<S, E>(call, storage, saved, out).run(); });
 
   const auto result = [&](const at::Tensor& t) {
     return t.defined() ? as_dtype(t, layer.dtype) : plain_empty({0}, x.options());

@@ -50,24 +50,23 @@ class BackwardChunk : public StateGradients<S, E> {
     row.dgates = dgates(packed_row);
     row.dgates_after = dgates_after(u, b, starting);
     row.dy = dy_of(packed_row);
-    if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
+    if constexpr (is_rnn(kCell)) {
       row.h = d_.y + io_row(schedule_, packed_row) * d_.y_stride;
     } else {
-      const int64_t before = previous_row(schedule_, d_.reverse, t, b);
-      const bool cut = is_reset(d_.reset, schedule_, t, b);
       row.gates = d_.gates + (packed_row - first_row_) * d_.gates_stride;
       row.carry = d_.carry + state_row(schedule_, b) * hidden_;
       row.carried = !starting && is_reset(d_.reset, schedule_, u, b) ? zeros_ : row.carry;
       if constexpr (kCell == Cell::kLstm) {
+        const int64_t before = previous_row(schedule_, d_.reverse, t, b);
+        const bool cut = is_reset(d_.reset, schedule_, t, b);
         row.c = d_.cells + packed_row * d_.cells_stride;
         row.c_prev = cut           ? zeros_
                      : before >= 0 ? d_.cells + before * d_.cells_stride
                                    : d_.c0 + b * hidden_;
         if (d_.h_tilde != nullptr) row.h_tilde = d_.h_tilde + (packed_row - first_row_) * hidden_;
       } else {
-        row.h = cut           ? zeros()
-                : before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride
-                              : d_.h0 + b * output_;
+        row.h = entering_h(d_, schedule_, t, b, output_);
+        if (row.h == nullptr) row.h = zeros();
       }
     }
     return row;
@@ -138,9 +137,8 @@ class BackwardChunk : public StateGradients<S, E> {
     const auto put = [&](int block, Vec<S> value) __attribute__((always_inline)) {
       write(row.dgates + block * stride + unit, with_first_lanes<S>(value, units));
     };
-    if constexpr (kCell == Cell::kRnnTanh || kCell == Cell::kRnnRelu) {
-      using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
-      put(0, Activation::backward(read(row.h + unit, outputs), dh));
+    if constexpr (is_rnn(kCell)) {
+      put(0, RnnActivation<kCell>::backward(read(row.h + unit, outputs), dh));
     } else {
       const E* g = row.gates + unit;
       const Vec<S> g0 = read(g), g1 = read(g + stride), g2 = read(g + 2 * stride),
@@ -159,10 +157,10 @@ class BackwardChunk : public StateGradients<S, E> {
       } else {
         const GruGradient<Vec<S>> s =
             gru_backward(g0, g1, g2, g3, read(row.h + unit, outputs), dh + carried);
-        put(0, s.dh_n);
+        put(0, s.da_hn);
         put(1, s.da_r);
         put(2, s.da_z);
-        put(3, s.dx_n);
+        put(3, s.da_in);
         store(row.carry + unit, s.dh_prev);
       }
     }
@@ -189,7 +187,7 @@ class BackwardChunk : public StateGradients<S, E> {
   __attribute__((noinline)) void cell_gradients_of_projection(int64_t t, Range rows) const {
     const int64_t row0 = schedule_.row0[t] - first_row_;
     const auto row_at = [&](int64_t b) { return as_words<E>(d_.dh + (row0 + b) * output_); };
-    const int64_t k = words_of<F>(sizes_.output);
+    const int64_t k = format_words<F>(sizes_.output);
     product<F, kStepVectors, Sums::kInMemory, kSideRows>(
         rows, own_hidden_panels_, row_at, d_.packed.projection, k * kWidth, k,
         [&](const auto& tile, int64_t b0, int64_t panel) __attribute__((always_inline)) {

@@ -35,10 +35,10 @@ struct CellForward {
       }
       return {s.c, s.gates.o};
     } else if constexpr (kCell == Cell::kGru) {
-      const V h_n = sum[2] + load(bias_hn + at);
+      const V a_hn = sum[2] + load(bias_hn + at);
       const GruGates<V> s =
-          gru_gates(sum[0] + load(g), sum[1] + load(g + stride), load(g + 2 * stride), h_n);
-      if (save) store_blocks(row.saved + at, s.r, s.z, s.a_n, h_n);  // n takes the place of a_n
+          gru_gates(sum[0] + load(g), sum[1] + load(g + stride), load(g + 2 * stride), a_hn);
+      if (save) store_blocks(row.saved + at, s.r, s.z, s.a_n, a_hn);  // n takes the place of a_n
       return {s.a_n, s.z};
     } else {
       return {sum[0] + load(g), V{}};
@@ -54,8 +54,7 @@ struct CellForward {
       if (save) write(row.saved + at + 2 * stride, s.n);
       return s.h;
     } else {
-      using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
-      return Activation::forward(half.inner);
+      return RnnActivation<kCell>::forward(half.inner);
     }
   }
 

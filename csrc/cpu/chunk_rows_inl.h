@@ -14,7 +14,7 @@ FUSEDRNN_ISA_BEGIN
 template <class S, class E>
 WeightGradients<S> gradients_apart(Cell cell, const BackwardArgs<S, E>& args,
                                    const BackwardDirection<S, E>& direction, int group) {
-  S* next = direction.apart + (group - 1) * args.apart_stride;
+  S* next = direction.group_gradients + (group - 1) * args.group_gradients_stride;
   const auto take = [&](const S* result, int64_t count) {
     S* const here = next;
     next += count;
@@ -41,7 +41,7 @@ void add_up(Cell cell, const BackwardArgs<S, E>& args, const BackwardDirection<S
   const WeightGradients<S>& to = direction.results;
   const GradientSizes size(cell, args.sizes);
   for (int group = 1; group < args.apart_groups; ++group) {
-    if (direction.begun[group] == 0) continue;
+    if (direction.group_has_sum[group] == 0) continue;
     const WeightGradients<S> from = gradients_apart(cell, args, direction, group);
     add(to.dw_ih, from.dw_ih, size.w_ih);
     add(to.dw_hh, from.dw_hh, size.w_hh);
@@ -71,8 +71,8 @@ class ChunkRows {
         group_rows_(apart_ ? args.group_rows + before_ : nullptr),
         rows_(apart_ ? find_chunk_rows(schedule_, d_.chunk, own_, args.group_rows + before_)
                      : schedule_.row0[d_.chunk.end] - first_row_),
-        words_(words_of<F>(rows_)),
-        writes_(apart_ && slot.group > 0 ? d_.begun[slot.group] == 0 : d_.chunk.first),
+        words_(format_words<F>(rows_)),
+        writes_(apart_ && slot.group > 0 ? d_.group_has_sum[slot.group] == 0 : d_.chunk.first),
         to_(apart_ && slot.group > 0 ? gradients_apart(cell, args, d_, slot.group) : d_.results) {}
 
  protected:
@@ -101,19 +101,16 @@ class ChunkRows {
     for (int64_t i = some.begin; i < some.end; ++i) {
       const int64_t packed_row = first_row_ + chunk_row(i);
       while (packed_row >= schedule_.row0[t + 1]) ++t;
-      previous()[i] = previous_state(t, packed_row - schedule_.row0[t]);
+      previous()[i] = entering_h(d_, schedule_, t, packed_row - schedule_.row0[t], output_);
     }
   }
 
-  const E* previous_state(int64_t t, int64_t b) const {
-    if (is_reset(d_.reset, schedule_, t, b)) return nullptr;
-    const int64_t before = previous_row(schedule_, d_.reverse, t, b);
-    return before >= 0 ? d_.y + io_row(schedule_, before) * d_.y_stride : d_.h0 + b * output_;
-  }
+  // What is laid out as panels: x, and the states, or for dW_hr o tanh(c).
+  enum Operand { kInput, kState };
 
   // Panels of the summed rows; a group's behind those of the groups before it.
-  W* panels(int which) const {
-    const int64_t columns = which == 0 ? sizes_.input : std::max(sizes_.output, sizes_.hidden);
+  W* panels(Operand which) const {
+    const int64_t columns = which == kInput ? sizes_.input : std::max(sizes_.output, sizes_.hidden);
     const int64_t words = apart_ ? words_before<E>(before_, slot_.group) : 0;
     return args_.panels[which] + words * whole_panels(columns);
   }

@@ -213,16 +213,18 @@ inline constexpr int kValuesPerWord = std::is_same_v<F, Bf16>   ? 2
                                       : std::is_same_v<F, Int8> ? 4
                                                                 : 1;
 
-// Words of a row of `columns` values.
+// Words of a row of `columns` values. Not words_of<E>, which takes the type that values are kept
+// in.
 template <class F>
-constexpr int64_t words_of(int64_t columns) {
-  return (columns + kValuesPerWord<F> - 1) / kValuesPerWord<F>;
+constexpr int64_t format_words(int64_t columns) {
+  static_assert(sizeof(typename F::Word) > 0, "F is a format");
+  return words_of(columns, kValuesPerWord<F>);
 }
 
 // Values from one row of a weight to the next, whose rows are whole words.
 template <class F>
 constexpr int64_t values_apart(int64_t columns) {
-  return words_of<F>(columns) * kValuesPerWord<F>;
+  return format_words<F>(columns) * kValuesPerWord<F>;
 }
 
 // ---- values kept as E: float, double or bfloat16 ------------------------------------------------
@@ -286,7 +288,7 @@ const Word<E>* as_words(const E* row) {
 }
 template <class F, class E>
 const E* weight_row(const Word<E>* weight, int64_t row, int64_t columns) {
-  return reinterpret_cast<const E*>(weight + row * words_of<F>(columns));
+  return reinterpret_cast<const E*>(weight + row * format_words<F>(columns));
 }
 
 FUSEDRNN_ISA_END

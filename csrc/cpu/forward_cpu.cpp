@@ -3,7 +3,9 @@
 
 #include <tuple>
 
-#include "cpu/ops_cpu.h"
+#include "cpu/call_cpu.h"
+#include "cpu/call_scratch.h"
+#include "cpu/weights_cpu.h"
 
 namespace fusedrnn {
 namespace {
@@ -41,180 +43,238 @@ void keep_between_segments(const ForwardArgs<S, W>& args, const std::vector<int6
   }
 }
 
-// training: whether a backward call is to follow.
+// Results as the kernels write them: h_n undefined where y holds it, gates and cells empty where
+// they are not kept.
+struct ForwardTensors {
+  at::Tensor y, h_n, c_n, gates, cells;
+};
+
 template <class S, class E>
-void run_forward(const Layer& layer, const ScheduleStorage& storage, const LayerInputs& in,
-                 bool training, const at::Tensor& y, const at::Tensor& h_n, const at::Tensor& c_n,
-                 const at::Tensor& gates, const at::Tensor& cells) {
-  const Sizes& sizes = layer.sizes;
-  const bool save = gates.numel() > 0;
-  const bool direct = gates.scalar_type() == kDtype<S>;
-  const int64_t hidden = sizes.hidden_padded(), output = sizes.output_padded();
-  const int64_t gates_width = saved_blocks(layer.cell) * hidden;
-  const int64_t saved = layer.saved_width(), stride = row_stride<S>(gates_width);
-  const bool in_segments = !save && cells.numel() > 0;
-  const Workload work = workload_of(layer, storage.view, training ? 3 : 1);
-  const bool packs = worth_packing(work);
-  const bool joins = packs && joins_input(work, at::get_num_threads(), current_isa().vector_bytes);
-  // No gates that should stay in the cache until a step reads them: nothing to cut the walk for.
-  const std::vector<int64_t> bounds = in_segments      ? segment_bounds(storage.view)
-                                      : joins && !save ? std::vector<int64_t>{0, storage.view.steps}
-                                                       : chunk_bounds(storage.view, work);
-  const int64_t most_rows = chunk_rows(storage.view, bounds);
-  const int threads = most_of_plans(work, storage.view, bounds).threads;
-  const std::vector<int64_t> apart =
-      state_rows(work, at::get_num_threads(), std::min(hidden, output) * sizeof(S));
-  Schedule schedule = storage.view;
-  if (!apart.empty()) schedule.state_row = apart.data();
-  constexpr bool narrow = !std::is_same_v<S, E>;
-  // The cell state needs no room of its own.
-  const bool walks_in_c_n = !narrow && lies_as_read(sizes.hidden, schedule);
-  const int64_t states = state_row(schedule, layer.batch);
-
-  const Values<E> x(in.x);
-  const Values<S> h0(in.h0), c0(in.c0);
-  WeightValues<S, E> weights[2];
-  ForwardArgs<S, Word<E>> args{};
-  args.sizes = sizes;
-  args.schedule = schedule;
-  args.directions = layer.directions;
-  args.save = save;
-  args.joined = joins ? padded(sizes.input) : 0;
-  if (!packs && goes_back_and_forth(schedule, work)) {
-    args.by_panel = most_rows < kLeastAcross;
-    args.from_end = began_at_other_end(in.params[0]);
+class ForwardRun {
+ public:
+  // training: whether a backward call is to follow.
+  ForwardRun(const CpuCall& call, const ScheduleStorage& storage, const LayerInputs& in,
+             bool training, const ForwardTensors& out)
+      : layer_(call.layer),
+        isa_(call.isa),
+        out_(out),
+        hidden_(layer_.sizes.hidden_padded()),
+        output_(layer_.sizes.output_padded()),
+        width_(saved_blocks(layer_.cell) * hidden_),
+        saved_stride_(layer_.saved_stride()),
+        stride_(row_stride<S>(width_)),
+        keeps_gates_(out.gates.numel() > 0),
+        gates_as_kept_(out.gates.scalar_type() == kDtype<S>),
+        in_segments_(!keeps_gates_ && out.cells.numel() > 0),
+        work_(workload_of(call, storage.view, training ? 3 : 1)),
+        packs_(worth_packing(work_)),
+        joins_(packs_ && joins_input(work_, at::get_num_threads(), isa_.vector_bytes)),
+        bounds_(bounds(storage.view)),
+        most_rows_(chunk_rows(storage.view, bounds_)),
+        state_rows_(
+            state_rows(work_, at::get_num_threads(), std::min(hidden_, output_) * sizeof(S))),
+        x_(in.x),
+        h0_(in.h0),
+        c0_(in.c0) {
+    args_.sizes = layer_.sizes;
+    args_.schedule = storage.view;
+    if (!state_rows_.empty()) args_.schedule.state_row = state_rows_.data();
+    args_.directions = layer_.directions;
+    args_.save = keeps_gates_;
+    args_.joined = joins_ ? padded(layer_.sizes.input) : 0;
+    if (!packs_ && goes_back_and_forth(args_.schedule, work_)) {
+      args_.by_panel = most_rows_ < kLeastAcross;
+      args_.from_end = began_at_other_end(in.params[0]);
+    }
+    // The cell state needs no room of its own.
+    walks_in_c_n_ = !kNarrow && lies_as_read(layer_.sizes.hidden, args_.schedule);
+    for (int d = 0; d < layer_.directions; ++d) describe(d, storage, in);
+    allocate();
+    fill_states(storage.has_empty_rows);
   }
 
-  Scratch scratch;
-  S* last = nullptr;  // (D, B, P): h_n, or where that is narrow, before it is rounded
-  const int64_t h_size = layer.batch * sizes.output;
-  if constexpr (narrow) scratch.want(&last, layer.directions * h_size);
-  S* zeros = nullptr;
-  const int64_t zero_count = layer.sizes.zero_count();
-  scratch.want(&zeros, zero_count);
-  for (int d = 0; d < layer.directions; ++d) {
-    ForwardDirection<S, Word<E>>& dir = args.direction[d];
-    weights[d] = WeightValues<S, E>(layer, in.params, d, /*biases=*/true);
+  void run() {
+    const auto kernel = isa_.table<S, E>().forward[static_cast<int>(layer_.cell)];
+    const int64_t chunks = static_cast<int64_t>(bounds_.size()) - 1;
+    for (int64_t i = 0; i < chunks; ++i) {
+      for (int d = 0; d < layer_.directions; ++d) enter_chunk(d, i);
+      run_chunk(work_, args_, kernel);
+      if (in_segments_) {
+        keep_between_segments(args_, bounds_, i, out_.cells.mutable_data_ptr<S>());
+      }
+      for (int d = 0; d < layer_.directions; ++d) leave_chunk(d);
+    }
+    keep_final_states();
+  }
+
+ private:
+  static constexpr bool kNarrow = !std::is_same_v<S, E>;
+
+  std::vector<int64_t> bounds(const Schedule& schedule) const {
+    if (in_segments_) return segment_bounds(schedule);
+    // No gates that should stay in the cache until a step reads them: nothing to cut the walk for.
+    if (joins_ && !keeps_gates_) return {0, schedule.steps};
+    return chunk_bounds(schedule, work_);
+  }
+
+  void describe(int d, const ScheduleStorage& storage, const LayerInputs& in) {
+    ForwardDirection<S, Word<E>>& dir = args_.direction[d];
+    const Sizes& sizes = layer_.sizes;
+    weights_[d] = WeightValues<S, E>(layer_, in.params, d, /*biases=*/true);
     dir.reverse = d == 1;
-    dir.weights = weights[d].view();
-    if constexpr (narrow) {
-      dir.x_half = x.data();
-      dir.y_half = data_of<E>(y) + d * sizes.output;
+    dir.weights = weights_[d].view();
+    if constexpr (kNarrow) {
+      dir.x_half = x_.data();
+      dir.y_half = data_of<E>(out_.y) + d * sizes.output;
     } else {
-      dir.x = x.data();
-      dir.y = data_of<E>(y) + d * sizes.output;
+      dir.x = x_.data();
+      dir.y = data_of<E>(out_.y) + d * sizes.output;
     }
-    dir.y_stride = layer.directions * sizes.output;
+    dir.y_stride = layer_.directions * sizes.output;
     dir.reset = storage.reset_of(d);
-    dir.gates_stride = save && direct ? layer.directions * saved : stride;
-    dir.saved_stride = layer.directions * saved;
-    dir.cells_stride = layer.directions * hidden;
-    if (save && has_cell_state(layer.cell)) dir.cells = cells.mutable_data_ptr<S>() + d * hidden;
-    if (packs) want_packed<E>(scratch, layer, joins, dir.packed);
-    want_biases(scratch, layer, dir.packed);
-    for (S*& h : dir.h) scratch.want(&h, states * (args.joined + output));
-    if (has_cell_state(layer.cell)) {
-      if (walks_in_c_n) {
-        dir.c = c_n.mutable_data_ptr<S>() + d * layer.batch * hidden;
+    dir.saved_stride = layer_.directions * saved_stride_;
+    dir.gates_stride = keeps_gates_ && gates_as_kept_ ? dir.saved_stride : stride_;
+    dir.cells_stride = layer_.directions * hidden_;
+    if (!has_cell_state(layer_.cell)) return;
+    if (keeps_gates_) dir.cells = out_.cells.mutable_data_ptr<S>() + d * hidden_;
+    if (walks_in_c_n_) dir.c = out_.c_n.mutable_data_ptr<S>() + d * layer_.batch * hidden_;
+  }
+
+  void allocate() {
+    const Sizes& sizes = layer_.sizes;
+    const int threads = most_of_plans(work_, args_.schedule, bounds_).threads;
+    const int64_t states = state_row(args_.schedule, layer_.batch);
+    if constexpr (kNarrow) scratch_.want(&h_n_, layer_.directions * layer_.batch * sizes.output);
+    scratch_.want_zeros(&args_.zeros, sizes.zero_count());
+    for (int d = 0; d < layer_.directions; ++d) {
+      ForwardDirection<S, Word<E>>& dir = args_.direction[d];
+      if (packs_) {
+        want_packed(scratch_, layer_.cell, sizes, kWordValues<E>, joins_, dir.packed);
+      }
+      want_biases(scratch_, layer_.cell, sizes, dir.packed);
+      for (S*& h : dir.h) scratch_.want(&h, states * (args_.joined + output_));
+      if (has_cell_state(layer_.cell) && !walks_in_c_n_) scratch_.want(&dir.c, states * hidden_);
+      if (sizes.projected) scratch_.want(&dir.h_tilde, states * hidden_);
+      if (!(keeps_gates_ && gates_as_kept_) && (keeps_gates_ || !joins_)) {
+        const bool in_one_place = (keeps_gates_ && !kNarrow) || threads > kMostApart;
+        dir.gates_thread_stride = in_one_place ? 0 : most_rows_ * stride_;
+        scratch_.want(&dir.gates, (in_one_place ? 1 : threads) * most_rows_ * stride_);
+      }
+    }
+    if constexpr (kNarrow) want_words(scratch_, threads, most_rows_, kWordValues<E>, args_);
+    if (!packs_ && most_rows_ >= kLeastAcross) {
+      args_.across_stride = whole_panels(std::min(most_rows_, kMostAcross)) *
+                            words_of<E>(std::max(sizes.input + sizes.output, sizes.hidden));
+      scratch_.want(&args_.across, threads * args_.across_stride);
+    }
+    want_rows(scratch_, threads, layer_.batch, args_);
+    if (!joins_) want_group_rows(scratch_, threads, most_rows_, args_);
+    scratch_.allocate();
+    if constexpr (!kNarrow) h_n_ = out_.h_n.mutable_data_ptr<S>();
+  }
+
+  void fill_states(bool has_empty_rows) {
+    const Schedule& schedule = args_.schedule;
+    const int64_t h_size = layer_.batch * layer_.sizes.output;
+    const int64_t c_size = layer_.batch * layer_.sizes.hidden;
+    if (has_empty_rows) {
+      const int64_t all = layer_.directions * h_size;
+      if (h0_.data() != nullptr) {
+        std::copy(h0_.data(), h0_.data() + all, h_n_);
       } else {
-        scratch.want(&dir.c, states * hidden);
+        std::fill(h_n_, h_n_ + all, S(0));
       }
     }
-    if (sizes.projected) scratch.want(&dir.h_tilde, states * hidden);
-    if (!(save && direct) && (save || !joins)) {
-      const bool in_one_place = (save && !narrow) || threads > kMostApart;
-      dir.gates_apart = in_one_place ? 0 : most_rows * stride;
-      scratch.want(&dir.gates, (in_one_place ? 1 : threads) * most_rows * stride);
-    }
-  }
-  if constexpr (narrow) want_words<E>(scratch, threads, most_rows, args);
-  if (!packs && most_rows >= kLeastAcross) {
-    args.across_stride = whole_panels(std::min(most_rows, kMostAcross)) *
-                         words_of<E>(std::max(sizes.input + sizes.output, sizes.hidden));
-    scratch.want(&args.across, threads * args.across_stride);
-  }
-  args.rows_stride = rows_apart(layer.batch);
-  scratch.want(&args.rows, threads * args.rows_stride);
-  if (threads > 1 && !joins) {
-    args.group_rows_stride = padded(most_rows);
-    scratch.want(&args.group_rows, threads * args.group_rows_stride);
-  }
-  scratch.allocate();
-  std::fill(zeros, zeros + zero_count, S(0));
-  args.zeros = zeros;
-  if constexpr (!narrow) last = h_n.mutable_data_ptr<S>();
-  for (int d = 0; d < layer.directions; ++d) args.direction[d].h_n = last + d * h_size;
-  if (storage.has_empty_rows) {
-    const int64_t all = layer.directions * h_size;
-    if (h0.data() != nullptr) {
-      std::copy(h0.data(), h0.data() + all, last);
-    } else {
-      std::fill(last, last + all, S(0));
-    }
-  }
-  const bool all_start_at_once =
-      schedule.steps > 0 && schedule.rows[schedule.steps - 1] == schedule.rows[0];
-  for (int d = 0; d < layer.directions; ++d) {
-    ForwardDirection<S, Word<E>>& dir = args.direction[d];
-    const int64_t c_size = layer.batch * sizes.hidden;
-    for (S* h : dir.h) {
-      fill_state(h, h0.data() ? h0.data() + d * h_size : nullptr, sizes.output, schedule,
-                 args.joined);
-      if (all_start_at_once) break;
-    }
-    if (dir.c != nullptr) {
-      fill_state(dir.c, c0.data() ? c0.data() + d * c_size : nullptr, sizes.hidden, schedule);
-    }
-  }
-
-  const auto kernel = current_isa().table<S, E>().forward[static_cast<int>(layer.cell)];
-  const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1;
-  for (int64_t i = 0; i < chunks; ++i) {
-    for (int d = 0; d < layer.directions; ++d) {
-      ForwardDirection<S, Word<E>>& dir = args.direction[d];
-      dir.chunk = chunk_of(bounds, i, dir.reverse, false);
-      const int64_t at = (schedule.row0[dir.chunk.begin] * layer.directions + d) * saved;
-      if (save && narrow) {
-        dir.saved_half = data_of<uint16_t>(gates) + at;
-      } else if (save && direct) {
-        dir.gates = data_of<S>(gates) + at;
+    const bool all_start_at_once =
+        schedule.steps > 0 && schedule.rows[schedule.steps - 1] == schedule.rows[0];
+    for (int d = 0; d < layer_.directions; ++d) {
+      ForwardDirection<S, Word<E>>& dir = args_.direction[d];
+      dir.h_n = h_n_ + d * h_size;
+      for (S* h : dir.h) {
+        fill_state(h, h0_.data() ? h0_.data() + d * h_size : nullptr, layer_.sizes.output, schedule,
+                   args_.joined);
+        if (all_start_at_once) break;
       }
-    }
-    run_chunk(work, args, kernel);
-    if (in_segments) keep_between_segments(args, bounds, i, cells.mutable_data_ptr<S>());
-    for (int d = 0; d < layer.directions; ++d) {
-      ForwardDirection<S, Word<E>>& dir = args.direction[d];
-      dir.turn ^= (dir.chunk.end - dir.chunk.begin) & 1;
-      if (save && !direct && !narrow) {
-        const int64_t first = schedule.row0[dir.chunk.begin];
-        const int64_t rows = schedule.row0[dir.chunk.end] - first;
-        gates.narrow(0, first, rows)
-            .select(1, d)
-            .narrow(1, 0, gates_width)
-            .copy_(at::from_blob(dir.gates, {rows, gates_width}, {stride, 1}, h_n.options()));
+      if (dir.c != nullptr) {
+        fill_state(dir.c, c0_.data() ? c0_.data() + d * c_size : nullptr, layer_.sizes.hidden,
+                   schedule);
       }
     }
   }
 
-  const auto keep = [](const S* from, int64_t n, E* to) {
-    if constexpr (narrow) {
-      current_isa().bf16.round(from, to, n);
-    } else {
-      std::copy(from, from + n, to);
+  void enter_chunk(int d, int64_t index) {
+    ForwardDirection<S, Word<E>>& dir = args_.direction[d];
+    dir.chunk = chunk_of(bounds_, index, dir.reverse, false);
+    if (!keeps_gates_) return;
+    const int64_t first = args_.schedule.row0[dir.chunk.begin];
+    const int64_t at = (first * layer_.directions + d) * saved_stride_;
+    if constexpr (kNarrow) {
+      dir.saved_half = data_of<uint16_t>(out_.gates) + at;
+    } else if (gates_as_kept_) {
+      dir.gates = data_of<S>(out_.gates) + at;
     }
-  };
-  if (narrow && h_n.defined()) keep(last, layer.directions * h_size, data_of<E>(h_n));
-  if (has_cell_state(layer.cell) && !walks_in_c_n) {
-    E* to = data_of<E>(c_n);
-    for (int d = 0; d < layer.directions; ++d) {
-      for (int64_t b = 0; b < layer.batch; ++b) {
-        const int64_t row = d * layer.batch + caller_row(schedule, b);
-        keep(args.direction[d].c + state_row(schedule, b) * hidden, sizes.hidden,
+  }
+
+  void leave_chunk(int d) {
+    ForwardDirection<S, Word<E>>& dir = args_.direction[d];
+    dir.turn ^= (dir.chunk.end - dir.chunk.begin) & 1;
+    if (!keeps_gates_ || gates_as_kept_ || kNarrow) return;
+    const int64_t first = args_.schedule.row0[dir.chunk.begin];
+    const int64_t rows = args_.schedule.row0[dir.chunk.end] - first;
+    out_.gates.narrow(0, first, rows)
+        .select(1, d)
+        .narrow(1, 0, width_)
+        .copy_(at::from_blob(dir.gates, {rows, width_}, {stride_, 1}, kDtype<S>));
+  }
+
+  // Those that the kernels have not written where they are wanted.
+  void keep_final_states() {
+    const Schedule& schedule = args_.schedule;
+    const Sizes& sizes = layer_.sizes;
+    const auto keep = [&](const S* from, int64_t n, E* to) {
+      if constexpr (kNarrow) {
+        isa_.bf16.round(from, to, n);
+      } else {
+        std::copy(from, from + n, to);
+      }
+    };
+    if (kNarrow && out_.h_n.defined()) {
+      keep(h_n_, layer_.directions * layer_.batch * sizes.output, data_of<E>(out_.h_n));
+    }
+    if (!has_cell_state(layer_.cell) || walks_in_c_n_) return;
+    E* to = data_of<E>(out_.c_n);
+    for (int d = 0; d < layer_.directions; ++d) {
+      for (int64_t b = 0; b < layer_.batch; ++b) {
+        const int64_t row = d * layer_.batch + caller_row(schedule, b);
+        keep(args_.direction[d].c + state_row(schedule, b) * hidden_, sizes.hidden,
              to + row * sizes.hidden);
       }
     }
   }
-}
+
+  const Layer& layer_;
+  const Isa& isa_;
+  const ForwardTensors& out_;
+  const int64_t hidden_, output_;  // padded
+  const int64_t width_;            // of a row of gates
+  const int64_t saved_stride_;     // from one to the next of those that are kept,
+  const int64_t stride_;           // and of the others
+  const bool keeps_gates_;
+  const bool gates_as_kept_;  // in the arithmetic's type
+  const bool in_segments_;    // the cell state is kept between segments of time alone
+  const Workload work_;
+  const bool packs_, joins_;
+  const std::vector<int64_t> bounds_;
+  const int64_t most_rows_;
+  const std::vector<int64_t> state_rows_;
+  const Values<E> x_;
+  const Values<S> h0_, c0_;
+  bool walks_in_c_n_;
+  WeightValues<S, E> weights_[2];
+  ForwardArgs<S, Word<E>> args_{};
+  Scratch scratch_;
+  S* h_n_ = nullptr;  // (D, B, P): the result, or where that is narrow, before it is rounded
+};
 
 Outputs layer_forward(const std::string& mode, const at::Tensor& x, const OptionalTensor& lengths,
                       const OptionalTensor& batch_sizes, const OptionalTensor& reset,
@@ -229,43 +289,43 @@ Outputs layer_forward(const std::string& mode, const at::Tensor& x, const Option
   const int64_t directions = layer.directions;
   // Narrow layers read and write bfloat16 as it is; half precision is else widened on the way in
   // and rounded on the way out.
-  const bool narrow = is_narrow(layer);
+  const CpuCall call(layer);
+  const bool narrow = call.narrow;
   const auto kept = narrow ? x.options() : exact;
   // Of a single step, the output and the final state are one.
-  at::Tensor h_n =
-      layer.one_step && narrow ? at::Tensor() : plain_empty(layer.state_shape(sizes.output), kept);
-  at::Tensor y = layer.one_step && !narrow ? h_n : empty_tensor(layer.y_shape(), kept);
-  if (storage.padded) zero_padding(y, layer, storage.view);
-  const bool save_gates = save && saved_blocks(layer.cell) > 1 && !recompute;
+  ForwardTensors out;
+  if (!(layer.one_step && narrow)) out.h_n = plain_empty(layer.state_shape(sizes.output), kept);
+  out.y = layer.one_step && !narrow ? out.h_n : empty_tensor(layer.y_shape(), kept);
+  if (storage.padded) zero_padding(out.y, layer, storage.view);
+  const bool save_gates = save && keeps_gates(layer.cell) && !recompute;
   const bool save_cells = save && lstm;
   const auto empty_where = [](bool wanted, at::IntArrayRef shape,
                               const at::TensorOptions& options) {
     return wanted ? empty_tensor(shape, options) : plain_empty({0}, options);
   };
-  const at::Tensor c_n = empty_where(lstm, layer.state_shape(sizes.hidden), kept);
-  const at::Tensor gates =
-      empty_where(save_gates, {layer.rows, directions, layer.saved_width()}, x.options());
-  const at::Tensor cells = empty_where(save_cells, layer.cells_shape(recompute), exact);
+  const int64_t stride = layer.saved_stride();
+  out.c_n = empty_where(lstm, layer.state_shape(sizes.hidden), kept);
+  out.gates = empty_where(save_gates, {layer.rows, directions, stride}, x.options());
+  out.cells = empty_where(save_cells, layer.cells_shape(recompute), exact);
   // What no step reaches: the same call gives the same tensors.
   const int64_t gates_width = saved_blocks(layer.cell) * sizes.hidden_padded();
-  if (save_gates && layer.saved_width() > gates_width) {
-    gates.narrow(2, gates_width, layer.saved_width() - gates_width).zero_();
+  if (save_gates && stride > gates_width) {
+    out.gates.narrow(2, gates_width, stride - gates_width).zero_();
   }
   if (storage.padded) {
     const int64_t valid = storage.view.row0[storage.view.steps];
-    if (save_gates) gates.narrow(0, valid, layer.rows - valid).zero_();
-    if (save_cells && !recompute) cells.narrow(0, valid, layer.rows - valid).zero_();
+    if (save_gates) out.gates.narrow(0, valid, layer.rows - valid).zero_();
+    if (save_cells && !recompute) out.cells.narrow(0, valid, layer.rows - valid).zero_();
   }
-  if (save_cells && recompute && (storage.padded || layer.packed)) cells.zero_();
-  with_types(layer, [&]<class S, class E>() {
-    run_forward<S, E>(layer, storage, in, save, y, h_n, c_n, gates, cells);
-  });
+  if (save_cells && recompute && (storage.padded || layer.packed)) out.cells.zero_();
+  with_types(call,
+             [&]<class S, class E>() { ForwardRun<S, E>(call, storage, in, save, out).run(); });
   if (layer.one_step) {
-    if (narrow) h_n = y;
-    y = plain_empty({0}, x.options());
+    if (narrow) out.h_n = out.y;
+    out.y = plain_empty({0}, x.options());
   }
-  return {as_dtype(y, layer.dtype), as_dtype(h_n, layer.dtype), as_dtype(c_n, layer.dtype), gates,
-          cells};
+  return {as_dtype(out.y, layer.dtype), as_dtype(out.h_n, layer.dtype),
+          as_dtype(out.c_n, layer.dtype), out.gates, out.cells};
 }
 
 at::Tensor activation(const std::string& name, const std::string& isa_name, const at::Tensor& x) {

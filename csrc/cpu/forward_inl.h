@@ -72,7 +72,7 @@ class ForwardChunk : public ForwardProducts<gate_blocks(kCell), S, F> {
   }
 
   // Whether the chunk's states are; never of a cell whose state is all that backward needs.
-  bool known() const { return saved_blocks(kCell) > 1 && d_.known != nullptr; }
+  bool known() const { return keeps_gates(kCell) && d_.known != nullptr; }
 
   // row_of where states are known: the product reads them there, and none is made.
   Row known_row_of(int64_t t, int64_t b) const {

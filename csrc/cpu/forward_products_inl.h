@@ -19,7 +19,7 @@ class ForwardProducts {
         d_(direction),
         slot_(slot),
         n_apart_(keeps_n_apart(cell)),
-        gates_(d_.gates + (slot.group * slot.parts + slot.part) * d_.gates_apart),
+        gates_(d_.gates + (slot.group * slot.parts + slot.part) * d_.gates_thread_stride),
         zeros_(args.zeros),
         words_(args.words + slot.thread * args.words_stride),
         across_(args.across == nullptr ? nullptr : args.across + slot.thread * args.across_stride),
@@ -54,14 +54,14 @@ class ForwardProducts {
     pack_bias<kGates>(d_.packed, w, sizes_, n_apart_, mine(own_panels_));
     if (d_.packed.recurrent == nullptr) return;
     if (d_.packed.input != nullptr && !packs_on_the_way_) {
-      pack_input(d_.packed.input, mine(own_panels_), words_of<F>(sizes_.input));
+      pack_input(d_.packed.input, mine(own_panels_), format_words<F>(sizes_.input));
     }
-    const int64_t outputs = words_of<F>(sizes_.output), all = joined_inputs_ + outputs;
+    const int64_t outputs = format_words<F>(sizes_.output), all = joined_inputs_ + outputs;
     if (joined_ > 0) pack_input(d_.packed.recurrent, mine(own_panels_), all);
     pack_by_unit<kGates>(d_.packed.recurrent, w.w_hh, sizes_.hidden, outputs, mine(own_panels_),
                          joined_inputs_, all);
     if (sizes_.projected) {
-      const int64_t hidden = words_of<F>(sizes_.hidden);
+      const int64_t hidden = format_words<F>(sizes_.hidden);
       pack_by_unit<1>(d_.packed.projection, w.w_hr, sizes_.output, hidden, mine(own_output_panels_),
                       0, hidden);
     }
@@ -111,7 +111,7 @@ class ForwardProducts {
         Word* packed = d_.packed.input;
         if (packs_on_the_way_) {
           packed += (own_panels_.end - 1 - i) * panel_words(sizes_.input);
-          pack_input(packed, some, words_of<F>(sizes_.input));
+          pack_input(packed, some, format_words<F>(sizes_.input));
         }
         multiply_units<kGates>(mine, some, left, packed, d_.weights.w_ih, d_.packed.input_scale,
                                sizes_.hidden, sizes_.input, epilogue);
@@ -136,16 +136,18 @@ class ForwardProducts {
   using Panel = UnitPanel<kGates>;
   using OutputPanel = UnitPanel<1>;
 
-  static int64_t panel_words(int64_t k) { return words_of<F>(k) * Panel::vectors * kLanes<S>; }
+  static int64_t panel_words(int64_t k) { return format_words<F>(k) * Panel::vectors * kLanes<S>; }
 
   // As the first rows of panels of `all` rows.
   void pack_input(Word* packed, Range panels, int64_t all) const {
-    pack_by_unit<kGates>(packed, d_.weights.w_ih, sizes_.hidden, words_of<F>(sizes_.input), panels,
-                         0, all);
+    pack_by_unit<kGates>(packed, d_.weights.w_ih, sizes_.hidden, format_words<F>(sizes_.input),
+                         panels, 0, all);
   }
 
   // The index-th of this thread's rows of k values in words.
-  Word* words_at(int64_t index, int64_t k) const { return words_ + index * words_of<F>(padded(k)); }
+  Word* words_at(int64_t index, int64_t k) const {
+    return words_ + index * format_words<F>(padded(k));
+  }
 
   template <class RowAt>
   FUSEDRNN_HD void write_rows(Range rows, int64_t k, RowAt row_at) const {
@@ -172,7 +174,7 @@ class ForwardProducts {
                                   const Word* weights, const ColumnScale& scale, int64_t units,
                                   int64_t k, Epilogue epilogue, bool from_end = false) const {
     constexpr int vectors = UnitPanel<Gates>::vectors;
-    const int64_t words = words_of<F>(k);
+    const int64_t words = format_words<F>(k);
     const auto values = [&]<int R, int NV>(const Tile<typename F::Sum, R, NV>& tile, int64_t row,
                                            int64_t panel) __attribute__((always_inline)) {
       if constexpr (std::is_same_v<typename F::Sum, S>) {

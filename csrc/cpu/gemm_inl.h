@@ -353,10 +353,10 @@ FUSEDRNN_HD void product(Range rows, Range panels, RowAt row_at, const typename 
                                            panel_size, k, epilogue, from_end, wanted);
 }
 
-// For an epilogue that touches lines which no prefetcher foresees: f(row, panel) for the row of the
-// tile after this one that stands where `row` less that tile's height stands in this one. Fetched
-// now, they arrive while that tile is multiplied. Behind the last tile, after_last(row, panel) for
-// the same rows of this panel: the next product, from the other end, begins with it.
+// For an epilogue that touches lines which no prefetcher foresees: fetched now, they arrive while
+// the next tile is multiplied. f(row, panel) for `row`, which is counted on past this tile; past
+// the last row it goes on with the first ones in the next panel, and past the last panel with
+// after_last(row, panel) in this one, where the next product, from the other end, begins.
 template <class F, class After>
 FUSEDRNN_HD void with_next_tile(Range rows, Range panels, bool from_end, int64_t row, int64_t panel,
                                 F f, After after_last) {

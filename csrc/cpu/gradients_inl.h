@@ -52,7 +52,7 @@ class ChunkGradients : public ChunkRows<S, E> {
         input_gradient();
       }
     }
-    if (apart_) d_.begun[slot_.group] = 1;
+    if (apart_) d_.group_has_sum[slot_.group] = 1;
     meet();
   }
 
@@ -61,31 +61,32 @@ class ChunkGradients : public ChunkRows<S, E> {
       Base::apart_, Base::dgates_, Base::output_, Base::rows_, Base::words_, Base::writes_,
       Base::to_;
   using Base::chunk_row, Base::find_previous, Base::meet, Base::own, Base::panels, Base::previous,
-      Base::previous_state, Base::x_at, Base::x_row;
-  using typename Base::F, typename Base::W;
+      Base::x_at, Base::x_row;
+  using Base::kInput, Base::kState;
+  using typename Base::F, typename Base::W, typename Base::Operand;
   static constexpr int64_t kValues = kValuesPerWord<F>;
   static constexpr int64_t kWidth = kChunkVectors * kLanes<S>;
   // Rows of a weight's gradient that a thread works on at a time: some whole tiles.
   static constexpr int64_t kGradientRows = kMatrix<F> ? 2 * kMatrixRows : 24;
   static_assert(kGradientRows <= kMostGradientRows);
 
-  int64_t weight_words() const { return words_of<F>(blocks_.gates * hidden_); }
+  int64_t weight_words() const { return format_words<F>(blocks_.gates * hidden_); }
   int64_t input_panels() const { return panel_count<S>(sizes_.input, kChunkVectors); }
 
   void accumulate_weights() const {
     const Range words = own(words_);
     if (to_.dw_ih != nullptr) {
-      pack_rows(0, sizes_.input, words, [&](int64_t row) { return x_at(row); });
+      pack_rows(kInput, sizes_.input, words, [&](int64_t row) { return x_at(row); });
     }
     if (to_.dw_hh != nullptr) {
       find_previous({words.begin * kValues, std::min(words.end * kValues, rows_)});
-      pack_rows(1, sizes_.output, words, [&](int64_t row) { return previous()[row]; });
+      pack_rows(kState, sizes_.output, words, [&](int64_t row) { return previous()[row]; });
     }
     meet();
     weight_gradients();
     if (to_.dw_hr != nullptr) {
       meet();
-      pack_rows(1, sizes_.hidden, words,
+      pack_rows(kState, sizes_.hidden, words,
                 [&](int64_t row) { return d_.h_tilde + chunk_row(row) * hidden_; });
       meet();
       projection_gradient();
@@ -104,7 +105,7 @@ class ChunkGradients : public ChunkRows<S, E> {
 
   // The summed rows as panels, k being the rows; the last word is filled up with zeros.
   template <class RowAt>
-  void pack_rows(int which, int64_t columns, Range words, RowAt row_at) const {
+  void pack_rows(Operand which, int64_t columns, Range words, RowAt row_at) const {
     pack_by_column<kChunkVectors, F>(
         panels(which), columns, words_, words, Range{0, panel_count<S>(columns, kChunkVectors)},
         [&](int64_t row) -> const E* { return row < rows_ ? row_at(row) : nullptr; });
@@ -165,7 +166,7 @@ class ChunkGradients : public ChunkRows<S, E> {
   }
 
   // to (width, n) += columns^T (panels of `which`)
-  void add_outer(S* to, int64_t n, int64_t width, int which) const {
+  void add_outer(S* to, int64_t n, int64_t width, Operand which) const {
     const Range rows = {0, width}, all = {0, panel_count<S>(n, kChunkVectors)};
     const auto fetch = [&](int64_t row, int64_t panel) __attribute__((always_inline)) {
       for (int v = 0; v < kChunkVectors; ++v) {
@@ -218,8 +219,8 @@ class ChunkGradients : public ChunkRows<S, E> {
       const int input_gate = blocks_.input_gate[block], hidden_gate = blocks_.hidden_gate[block];
       S* const dw_ih = part(to_.dw_ih, input_gate, sizes_.input);
       S* const dw_hh = part(to_.dw_hh, hidden_gate, sizes_.output);
-      if (dw_ih != nullptr) add_outer(dw_ih, sizes_.input, width, 0);
-      if (dw_hh != nullptr) add_outer(dw_hh, sizes_.output, width, 1);
+      if (dw_ih != nullptr) add_outer(dw_ih, sizes_.input, width, kInput);
+      if (dw_hh != nullptr) add_outer(dw_hh, sizes_.output, width, kState);
       add_sums(part(to_.db_ih, input_gate, 1), part(to_.db_hh, hidden_gate, 1), width);
     }
   }
@@ -229,7 +230,7 @@ class ChunkGradients : public ChunkRows<S, E> {
   void weight_gradients_of_one() const {
     const int64_t units = sizes_.hidden;
     const E* x = x_at(0);
-    const E* state = previous_state(d_.chunk.begin, 0);
+    const E* state = entering_h(d_, schedule_, d_.chunk.begin, 0, output_);
     const E* h = state != nullptr ? state : reinterpret_cast<const E*>(args_.zeros);
     const Range mine = own(blocks_.count * units);
     for (int block = 0; block < blocks_.count; ++block) {
@@ -278,7 +279,7 @@ class ChunkGradients : public ChunkRows<S, E> {
       const int64_t unit = i * kGradientRows;
       const int64_t width = std::min(kGradientRows, sizes_.output - unit);
       take_columns(d_.dh + unit, output_, width);
-      add_outer(to_.dw_hr + unit * sizes_.hidden, sizes_.hidden, width, 1);
+      add_outer(to_.dw_hr + unit * sizes_.hidden, sizes_.hidden, width, kState);
     }
   }
 

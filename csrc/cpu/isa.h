@@ -59,7 +59,7 @@ struct Isa {
   }
 };
 
-// Each defined in its own kernels_*.cpp; the functions' have another's table in part.
+// Each defined in its own kernels_*.cpp; the last two copy another set's table and replace a part.
 extern const Isa kBaselineIsa;
 #if defined(__x86_64__)
 extern const Isa kAvx2Isa;

@@ -61,13 +61,13 @@ bool to_pool(Free block) {
   if (!lock) return false;
   pool().blocks.push_back(block);
   pool().bytes += block.bytes;
-  while (pool().bytes > Block::kKeptBytes) std::free(pool().take(0).data);
+  while (pool().bytes > MemoryBlock::kKeptBytes) std::free(pool().take(0).data);
   return true;
 }
 
 }  // namespace
 
-Block::Block(size_t bytes) {
+MemoryBlock::MemoryBlock(size_t bytes) {
   if (bytes < kLeastPooled) {
     // aligned_alloc takes thousands of instructions where malloc has such a block at hand.
     bytes_ = 0;
@@ -90,7 +90,7 @@ Block::Block(size_t bytes) {
 #endif
 }
 
-Block::~Block() {
+MemoryBlock::~MemoryBlock() {
   const bool poolable = bytes_ >= kLeastPooled && bytes_ <= kKeptBytes;
   if (!poolable || !to_pool({data_, bytes_})) std::free(allocated_);
 }

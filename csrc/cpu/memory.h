@@ -10,16 +10,16 @@ namespace fusedrnn {
 
 // 64-byte aligned, uninitialised memory. What is given back serves again: the process keeps up to
 // kKeptBytes of it. From 2 MiB on it asks for huge pages (Linux): one fault where there were 512.
-class Block {
+class MemoryBlock {
  public:
   static constexpr size_t kKeptBytes = size_t{256} << 20;
   // malloc keeps smaller ones at hand by itself.
   static constexpr size_t kLeastPooled = size_t{32} << 10;
 
-  explicit Block(size_t bytes);  // throws std::bad_alloc
-  ~Block();
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
+  explicit MemoryBlock(size_t bytes);  // throws std::bad_alloc
+  ~MemoryBlock();
+  MemoryBlock(const MemoryBlock&) = delete;
+  MemoryBlock& operator=(const MemoryBlock&) = delete;
 
   void* data() const { return data_; }
 

@@ -124,7 +124,7 @@ Plan plan_team(const Workload& work, int threads) {
     ++parts;
     while (each % parts != 0) ++parts;
   }
-  const int blocks = gate_blocks(work.cell) == 1 ? 2 : 1;  // of units to a panel
+  const int blocks = is_rnn(work.cell) ? 2 : 1;  // of units to a panel
   const int64_t panels = (padded(s.hidden) / kUnitAlignment + blocks - 1) / blocks;
   while (parts > 1 && (each % parts != 0 || recurrent * work.batch / parts < least.step)) --parts;
   plan.parts = static_cast<int>(std::min<int64_t>(parts, panels));
@@ -149,7 +149,7 @@ bool joins_input(Workload work, int threads, int vector_bytes) {
                                                 : std::numeric_limits<int64_t>::max();
   // Measured with vectors of 64 bytes: an RNN, which has least to write, never gained.
   if (vector_bytes == 64) {
-    if (gate_blocks(work.cell) == 1) return false;
+    if (is_rnn(work.cell)) return false;
     least_rows = std::max<int64_t>(least_rows, 32);
   }
   if (work.batch < least_rows) return false;

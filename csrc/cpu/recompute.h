@@ -10,7 +10,9 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/ops_cpu.h"
+#include "cpu/call_cpu.h"
+#include "cpu/call_scratch.h"
+#include "cpu/weights_cpu.h"
 
 namespace fusedrnn {
 
@@ -19,40 +21,34 @@ class Recompute {
  public:
   // A backward call over the chunks between `bounds`, which are forward's segments; to be kept as
   // long as this.
-  Recompute(const Layer& layer, const ScheduleStorage& storage, const BackwardInputs& in,
+  Recompute(const CpuCall& call, const ScheduleStorage& storage, const BackwardInputs& in,
             const Workload& work, const std::vector<int64_t>& bounds)
-      : layer_(layer),
+      : layer_(call.layer),
+        kernel_(call.isa.table<S, E>().forward[static_cast<int>(layer_.cell)]),
         bounds_(bounds),
         work_(work),
-        hidden_(layer.sizes.hidden_padded()),
-        stride_(row_stride<E>(saved_blocks(layer.cell) * hidden_)),
-        between_(has_cell_state(layer.cell) ? in.cells.const_data_ptr<S>() : nullptr) {
-    args_.sizes = layer.sizes;
+        hidden_(layer_.sizes.hidden_padded()),
+        stride_(row_stride<E>(saved_blocks(layer_.cell) * hidden_)),
+        between_(has_cell_state(layer_.cell) ? in.cells.const_data_ptr<S>() : nullptr) {
+    args_.sizes = layer_.sizes;
     args_.schedule = storage.view;
-    args_.directions = layer.directions;
+    args_.directions = layer_.directions;
     args_.save = true;
     const int64_t most_rows = chunk_rows(args_.schedule, bounds);
     const int threads = most_of_plans(work, args_.schedule, bounds).threads;
-    S* zeros = nullptr;
-    scratch_.want(&zeros, layer.sizes.zero_count());
-    args_.rows_stride = rows_apart(most_rows);
-    scratch_.want(&args_.rows, threads * args_.rows_stride);
-    if (threads > 1) {
-      args_.group_rows_stride = padded(most_rows);
-      scratch_.want(&args_.group_rows, threads * args_.group_rows_stride);
-    }
-    if constexpr (kNarrow) want_words<E>(scratch_, threads, most_rows, args_);
-    for (int d = 0; d < layer.directions; ++d) {
+    scratch_.want_zeros(&args_.zeros, args_.sizes.zero_count());
+    want_rows(scratch_, threads, most_rows, args_);
+    want_group_rows(scratch_, threads, most_rows, args_);
+    if constexpr (kNarrow) want_words(scratch_, threads, most_rows, kWordValues<E>, args_);
+    for (int d = 0; d < layer_.directions; ++d) {
       ForwardDirection<S, Word<E>>& dir = args_.direction[d];
-      weights_[d] = WeightValues<S, E>(layer, in.layer.params, d, /*biases=*/true);
+      weights_[d] = WeightValues<S, E>(layer_, in.layer.params, d, /*biases=*/true);
       dir.reverse = d == 1;
       dir.weights = weights_[d].view();
       dir.reset = storage.reset_of(d);
       want_scratch(d, most_rows, threads);
     }
     scratch_.allocate();
-    std::fill(zeros, zeros + layer.sizes.zero_count(), S(0));
-    args_.zeros = zeros;
     fill_states(in.layer);
   }
 
@@ -60,7 +56,7 @@ class Recompute {
   // are.
   void run(BackwardDirection<S, E>* directions) {
     for (int d = 0; d < layer_.directions; ++d) enter_chunk(d, directions[d]);
-    run_chunk(work_, args_, current_isa().table<S, E>().forward[static_cast<int>(layer_.cell)]);
+    run_chunk(work_, args_, kernel_);
   }
 
  private:
@@ -69,8 +65,8 @@ class Recompute {
   void want_scratch(int d, int64_t most_rows, int threads) {
     ForwardDirection<S, Word<E>>& dir = args_.direction[d];
     const int64_t output = layer_.sizes.output_padded();
-    want_packed<E>(scratch_, layer_, /*joins=*/false, dir.packed);
-    want_biases(scratch_, layer_, dir.packed);
+    want_packed(scratch_, layer_.cell, layer_.sizes, kWordValues<E>, /*joins=*/false, dir.packed);
+    want_biases(scratch_, layer_.cell, layer_.sizes, dir.packed);
     scratch_.want(&dir.h[0], layer_.batch * output);
     scratch_.want(&dir.h[1], threads * std::max(hidden_, output));
     dir.gates_stride = row_stride<S>(saved_blocks(layer_.cell) * hidden_);
@@ -169,6 +165,7 @@ class Recompute {
   }
 
   const Layer& layer_;
+  void (*const kernel_)(const ForwardArgs<S, Word<E>>&, const Slot&);
   const std::vector<int64_t>& bounds_;
   const Workload work_;
   const int64_t hidden_;    // padded

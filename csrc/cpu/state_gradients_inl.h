@@ -43,7 +43,7 @@ class StateGradients {
           });
     }
     if (sizes_.projected) {
-      const int64_t outputs = words_of<F>(sizes_.output);
+      const int64_t outputs = format_words<F>(sizes_.output);
       pack_by_column<kStepVectors, F>(
           d_.packed.projection, sizes_.hidden, outputs, share(outputs, slot_.group, slot_.groups),
           own_hidden_panels_, [&](int64_t i) -> const E* {
@@ -196,7 +196,7 @@ class StateGradients {
   const int64_t first_row_;  // packed, of the chunk
 
  private:
-  int64_t recurrent_words() const { return words_of<F>(blocks_.gates * hidden_); }
+  int64_t recurrent_words() const { return format_words<F>(blocks_.gates * hidden_); }
 
   E* const dgates_;
   const GradientBlocks blocks_;

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/call_scratch.h"
 #include "cpu/distance.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
@@ -18,7 +19,7 @@ namespace {
 
 // A weight (blocks * units, columns) in words, and the scale of each row, (blocks, units padded).
 template <class W>
-struct Rows {
+struct FrozenRows {
   std::vector<W> words;
   std::vector<float> factor;
   std::vector<int32_t> offset;
@@ -41,8 +42,8 @@ std::vector<uint32_t> words_of_rows(int64_t rows, int64_t columns, Write write) 
 }
 
 // Each row of int8 weights has its own factor, its largest size / 127.
-Rows<uint32_t> int8_rows(const float* w, int64_t blocks, int64_t units, int64_t columns) {
-  Rows<uint32_t> rows;
+FrozenRows<uint32_t> int8_rows(const float* w, int64_t blocks, int64_t units, int64_t columns) {
+  FrozenRows<uint32_t> rows;
   rows.factor.assign(blocks * padded(units), 0.0f);
   rows.offset.assign(blocks * padded(units), 0);
   std::vector<float> inverse(blocks * units);
@@ -72,8 +73,8 @@ Rows<uint32_t> int8_rows(const float* w, int64_t blocks, int64_t units, int64_t 
 }
 
 template <class W>
-Rows<W> rows_in(WeightFormat format, const float* w, int64_t blocks, int64_t units,
-                int64_t columns) {
+FrozenRows<W> rows_in(WeightFormat format, const float* w, int64_t blocks, int64_t units,
+                      int64_t columns) {
   if (w == nullptr) return {};
   if constexpr (std::is_same_v<W, float>) {
     return {std::vector<float>(w, w + blocks * units * columns), {}, {}};
@@ -114,30 +115,25 @@ Kernels<W> kernels_of(WeightFormat format, Cell cell) {
 template <class W>
 struct Frozen {
   Kernels<W> kernels;
-  int value_size;
+  int64_t weight_size;  // bytes of a weight
   PackedWeights<float, W> packed{};
-  Rows<W> input, recurrent, projection;  // their scales; the words are gone once packed
+  FrozenRows<W> input, recurrent, projection;  // their scales; the words are gone once packed
   Scratch memory;
+
+  int64_t values_per_word() const { return sizeof(W) / weight_size; }
 
   Frozen(const StreamLayer& layer, WeightFormat format)
       : kernels(kernels_of<W>(format, layer.cell)),
-        value_size(format == WeightFormat::kFloat32    ? 4
-                   : format == WeightFormat::kBfloat16 ? 2
-                                                       : 1) {
+        weight_size(format == WeightFormat::kFloat32    ? 4
+                    : format == WeightFormat::kBfloat16 ? 2
+                                                        : 1) {
     const Sizes& s = layer.sizes;
     const int gates = gate_blocks(layer.cell);
     input = rows_in<W>(format, layer.weights.w_ih, gates, s.hidden, s.input);
     recurrent = rows_in<W>(format, layer.weights.w_hh, gates, s.hidden, s.output);
     projection = rows_in<W>(format, layer.weights.w_hr, 1, s.output, s.hidden);
-    const int64_t each = 4 / value_size;
-    const auto size = [&](int64_t units, int64_t k) {
-      return whole_panels(units) * ((k + each - 1) / each);
-    };
-    memory.want(&packed.input, gates * size(s.hidden, s.input));
-    memory.want(&packed.recurrent, gates * size(s.hidden, s.output));
-    if (s.projected) memory.want(&packed.projection, size(s.output, s.hidden));
-    memory.want(&packed.bias, gates * whole_panels(s.hidden));
-    memory.want(&packed.bias_hn, s.hidden_padded());
+    want_packed(memory, layer.cell, s, values_per_word(), /*joins=*/false, packed);
+    want_biases(memory, layer.cell, s, packed);
     memory.allocate();
     packed.input_scale = input.scale();
     packed.recurrent_scale = recurrent.scale();
@@ -155,7 +151,7 @@ struct Frozen {
     d.packed = packed;
     Barriers barriers(1);
     kernels.pack(args, slot_of(Plan{}, 0, 1, barriers));
-    for (Rows<W>* rows_of : {&input, &recurrent, &projection}) {
+    for (FrozenRows<W>* rows_of : {&input, &recurrent, &projection}) {
       std::vector<W>().swap(rows_of->words);
     }
   }
@@ -167,11 +163,8 @@ constexpr double kWorthWaking = 4 << 20;
 template <class W>
 class PackedLayer final : public FrozenLayer {
  public:
-  PackedLayer(Cell its_cell, const Sizes& its_sizes, std::shared_ptr<const Frozen<W>> frozen,
-              int64_t batch)
-      : frozen_(std::move(frozen)), batch_(batch) {
-    cell = its_cell;
-    sizes = its_sizes;
+  PackedLayer(Cell cell, const Sizes& sizes, std::shared_ptr<const Frozen<W>> frozen, int64_t batch)
+      : FrozenLayer(cell, sizes), frozen_(std::move(frozen)), batch_(batch) {
     const int64_t hidden = sizes.hidden_padded(), output = sizes.output_padded();
     const int64_t gates = saved_blocks(cell) * hidden;
     most_steps_ = std::max<int64_t>(1, chunk_target(cell, sizes, sizeof(float)) / batch);
@@ -184,7 +177,7 @@ class PackedLayer final : public FrozenLayer {
     d.packed = frozen_->packed;
     d.gates_stride = gates;
     d.y_stride = sizes.output;
-    scratch_.want(&zeros_, sizes.zero_count());
+    scratch_.want_zeros(&args_.zeros, sizes.zero_count());
     scratch_.want(&d.gates, most_steps_ * batch * gates);
     scratch_.want(&d.h[0], batch * output);
     scratch_.want(&d.h[1], batch * output);
@@ -192,8 +185,6 @@ class PackedLayer final : public FrozenLayer {
     if (has_cell_state(cell)) scratch_.want(&d.c, batch * hidden);
     if (sizes.projected) scratch_.want(&d.h_tilde, batch * hidden);
     scratch_.allocate();
-    std::fill(zeros_, zeros_ + sizes.zero_count(), 0.0f);
-    args_.zeros = zeros_;
     set_state(nullptr, nullptr);
   }
 
@@ -204,7 +195,7 @@ class PackedLayer final : public FrozenLayer {
     d.chunk = {0, steps, false, true};
     args_.schedule = {steps, batch_, rows_.data(), row0_.data(), nullptr, nullptr, nullptr};
     const Workload work = {
-        cell, sizes, 1, batch_, steps * batch_, sizeof(float), frozen_->value_size, 1};
+        cell, sizes, 1, batch_, steps * batch_, sizeof(float), frozen_->weight_size, 1};
     args_.by_panel = batch_ < kLeastAcross && goes_back_and_forth(args_.schedule, work);
     const auto plan = [&](int given) { return plan_team(work, given); };
     int wanted = plan(threads).threads();
@@ -258,19 +249,10 @@ class PackedLayer final : public FrozenLayer {
     threads_ = 0;  // should the allocation fail
     const int64_t most_rows = most_steps_ * batch_;
     Scratch& scratch = of_threads_.emplace();
-    args_.rows_stride = rows_apart(batch_);
-    scratch.want(&args_.rows, threads * args_.rows_stride);
-    if (threads > 1) {
-      args_.group_rows_stride = padded(most_rows);
-      scratch.want(&args_.group_rows, threads * args_.group_rows_stride);
-    }
+    want_rows(scratch, threads, batch_, args_);
+    want_group_rows(scratch, threads, most_rows, args_);
     if constexpr (!std::is_same_v<W, float>) {
-      const int64_t each = 4 / frozen_->value_size;
-      const int64_t row = padded(std::max({sizes.input, sizes.hidden, sizes.output})) / each;
-      args_.words_stride = padded(most_rows * row);
-      args_.factors_stride = padded(most_rows);
-      scratch.want(&args_.words, threads * args_.words_stride);
-      scratch.want(&args_.factors, threads * args_.factors_stride);
+      want_words(scratch, threads, most_rows, frozen_->values_per_word(), args_);
     }
     scratch.allocate();
     threads_ = threads;
@@ -282,7 +264,6 @@ class PackedLayer final : public FrozenLayer {
   std::vector<int64_t> rows_, row0_;
   ForwardArgs<float, W> args_{};
   Scratch scratch_;
-  float* zeros_ = nullptr;
   Pace pace_;
   std::optional<Scratch> of_threads_;
   int threads_ = 0;

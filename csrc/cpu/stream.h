@@ -22,6 +22,7 @@ struct StreamLayer {
 // One layer with its state, whatever the format of its weights.
 class FrozenLayer {
  public:
+  FrozenLayer(Cell cell, const Sizes& sizes) : cell(cell), sizes(sizes) {}
   virtual ~FrozenLayer() = default;
   // x (steps, B, I), y (steps, B, P); at most most_steps() at a time.
   virtual void run(const float* x, float* y, int64_t steps, int threads) = 0;
@@ -32,8 +33,8 @@ class FrozenLayer {
   // The same weights, a state of its own, zeros.
   virtual std::unique_ptr<FrozenLayer> fork() const = 0;
 
-  Cell cell;
-  Sizes sizes;
+  const Cell cell;
+  const Sizes sizes;
 };
 
 // The kernels are those of the instruction set in use when it is made.

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/run_team.h"
 #include "cpu/tangents_direction.h"
 
 namespace fusedrnn {
@@ -74,13 +75,13 @@ using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::T
                            std::vector<at::Tensor>>;
 
 template <class S>
-Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& tangents,
-            const c10::List<bool>& mask) {
-  const Walk walk(layer, in.layer);
+Results run(const Isa& isa, const Layer& layer, const BackwardInputs& in,
+            const TangentInputs& tangents, const c10::List<bool>& mask) {
+  const RowOrder order(layer, in.layer);
   const at::TensorList params = in.layer.params;
   const int64_t output = layer.sizes.output;
   const auto each = [](const OptionalTensor& t, auto f) { return t ? f(*t) : at::Tensor(); };
-  const auto packed = [&](const at::Tensor& t) { return walk.packed(t); };
+  const auto packed = [&](const at::Tensor& t) { return order.packed(t); };
   const DualTensor x = {packed(in.layer.x), each(tangents.of_inputs[0], packed)};
 
   const bool goes_back = std::any_of(mask.begin(), mask.end(), [](bool wanted) { return wanted; });
@@ -88,26 +89,27 @@ Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& t
   std::vector<TangentsOfDirection<S>> directions;
   directions.reserve(layer.directions);
   for (int d = 0; d < layer.directions; ++d) {
-    const auto state = [&](const at::Tensor& t) { return walk.sorted(layer.of_direction(t, d)); };
+    const auto state = [&](const at::Tensor& t) { return order.sorted(layer.of_direction(t, d)); };
     const auto saved = [&](const at::Tensor& t, int64_t width) {
-      return t.select(1, d).narrow(0, 0, walk.rows()).narrow(1, 0, width);
+      return t.select(1, d).narrow(0, 0, order.rows()).narrow(1, 0, width);
     };
-    const auto weight = [&](int i) -> DualTensor {
-      return {layer.param(params, d, i).contiguous(),
-              each(tangents.of_inputs[3 + d * layer.params_per_direction + i],
+    const auto weight = [&](Param p) -> DualTensor {
+      return {layer.param(params, d, p).contiguous(),
+              each(tangents.of_inputs[3 + layer.index_of(d, p)],
                    [](const at::Tensor& t) { return t.contiguous(); })};
     };
-    DualWeights w = {weight(0), weight(1), {}, {}, {}};
+    DualWeights w = {weight(Param::kWih), weight(Param::kWhh), {}, {}, {}};
     if (layer.has_biases) {
-      w.b_ih = weight(2).tangent;
-      w.b_hh = weight(3).tangent;
+      w.b_ih = weight(Param::kBih).tangent;
+      w.b_hh = weight(Param::kBhh).tangent;
     }
-    if (layer.sizes.projected) w.w_hr = weight(layer.w_hr_index());
+    if (layer.sizes.projected) w.w_hr = weight(Param::kWhr);
     directions.emplace_back(
-        walk, d, w, x, DualTensor{each(in.layer.h0, state), each(tangents.of_inputs[1], state)},
+        isa, order, d, w, x,
+        DualTensor{each(in.layer.h0, state), each(tangents.of_inputs[1], state)},
         DualTensor{each(in.layer.c0, state), each(tangents.of_inputs[2], state)},
         packed(in.y.narrow(-1, d * output, output)),
-        saved_blocks(layer.cell) > 1 ? saved(in.gates, in.gates.size(2)) : at::Tensor(),
+        keeps_gates(layer.cell) ? saved(in.gates, in.gates.size(2)) : at::Tensor(),
         has_cell_state(layer.cell) ? saved(in.cells, layer.sizes.hidden) : at::Tensor(), goes_back);
     directions.back().forward();
   }
@@ -122,7 +124,7 @@ Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& t
   };
   std::vector<at::Tensor> ys;
   for (const TangentsOfDirection<S>& direction : directions) ys.push_back(direction.y_tangent());
-  const at::Tensor y = walk.unpacked(ys.size() == 1 ? ys[0] : at::cat(ys, 1));
+  const at::Tensor y = order.unpacked(ys.size() == 1 ? ys[0] : at::cat(ys, 1));
   const at::Tensor h_n = stacked([](const auto& one) { return one.h_n_tangent(); });
   const at::Tensor c_n = lstm ? stacked([](const auto& one) { return one.c_n_tangent(); }) : none();
   std::vector<at::Tensor> dparams;
@@ -135,30 +137,30 @@ Results run(const Layer& layer, const BackwardInputs& in, const TangentInputs& t
   for (int d = 0; d < layer.directions; ++d) {
     TangentsOfDirection<S>& direction = directions[d];
     const auto rows = [&](const at::Tensor& t) { return packed(t.narrow(-1, d * output, output)); };
-    const auto state = [&](const at::Tensor& t) { return walk.sorted(layer.of_direction(t, d)); };
+    const auto state = [&](const at::Tensor& t) { return order.sorted(layer.of_direction(t, d)); };
     const std::vector<OptionalTensor>& g = tangents.of_gradients;
     direction.backward({each(in.dy, rows), each(g[0], rows)},
                        {each(in.dh_n, state), each(g[1], state)},
                        {lstm ? each(in.dc_n, state) : at::Tensor(), each(g[2], state)});
     if (mask[0]) direction.add_dx(dx);
-    const int first = d * layer.params_per_direction;
-    const auto put = [&](int i, auto of) {
-      if (mask[3 + first + i]) dparams[first + i] = of(direction);
+    const auto put = [&](Param p, auto of) {
+      const int i = layer.index_of(d, p);
+      if (mask[3 + i]) dparams[i] = of(direction);
     };
-    put(0, [](const auto& one) { return one.dw_ih(); });
-    put(1, [](const auto& one) { return one.dw_hh(); });
+    put(Param::kWih, [](const auto& one) { return one.dw_ih(); });
+    put(Param::kWhh, [](const auto& one) { return one.dw_hh(); });
     if (layer.has_biases) {
-      put(2, [](const auto& one) { return one.db_ih(); });
-      put(3, [](const auto& one) { return one.db_hh(); });
+      put(Param::kBih, [](const auto& one) { return one.db_ih(); });
+      put(Param::kBhh, [](const auto& one) { return one.db_hh(); });
     }
     if (layer.sizes.projected) {
-      put(layer.w_hr_index(), [](const auto& one) { return one.dw_hr(); });
+      put(Param::kWhr, [](const auto& one) { return one.dw_hr(); });
     }
   }
   return {y,
           h_n,
           c_n,
-          mask[0] ? walk.unpacked(dx) : none(),
+          mask[0] ? order.unpacked(dx) : none(),
           mask[1] ? stacked([](const auto& one) { return one.dh0(); }) : none(),
           mask[2] ? stacked([](const auto& one) { return one.dc0(); }) : none(),
           std::move(dparams)};
@@ -184,8 +186,9 @@ Results layer_tangents(const std::string& mode, const OptionalTensor& dy,
   const int64_t products = layer.rows * gate_blocks(layer.cell) * layer.sizes.hidden *
                            (layer.sizes.input + layer.sizes.output);
   const FlushDenormalsOfTeam flush(products < kProductsOfAThread ? 1 : at::get_num_threads());
-  return layer.dtype == at::kDouble ? run<double>(layer, saved, given, output_mask)
-                                    : run<float>(layer, saved, given, output_mask);
+  const Isa& isa = current_isa();
+  return layer.dtype == at::kDouble ? run<double>(isa, layer, saved, given, output_mask)
+                                    : run<float>(isa, layer, saved, given, output_mask);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include "cpu/isa.h"
 #include "cpu/tangents_product.h"
 #include "cpu/tangents_rows.h"
+#include "cpu/walk.h"
 
 namespace fusedrnn {
 
@@ -30,15 +31,17 @@ inline constexpr int64_t kUnitsOfAThread = 2048;
 template <class S>
 class TangentsOfDirection {
  public:
-  TangentsOfDirection(const Walk& walk, int index, const DualWeights& weights, const DualTensor& x,
-                      const DualTensor& h0, const DualTensor& c0, const at::Tensor& y,
-                      const at::Tensor& gates, const at::Tensor& cells, bool goes_back)
-      : walk_(walk),
-        layer_(walk.layer),
-        schedule_(walk.schedule),
-        kernels_(current_isa().table<S>()),
+  TangentsOfDirection(const Isa& isa, const RowOrder& order, int index, const DualWeights& weights,
+                      const DualTensor& x, const DualTensor& h0, const DualTensor& c0,
+                      const at::Tensor& y, const at::Tensor& gates, const at::Tensor& cells,
+                      bool goes_back)
+      : isa_(isa),
+        order_(order),
+        layer_(order.layer),
+        schedule_(order.schedule),
+        kernels_(isa.table<S>()),
         reverse_(index == 1),
-        reset_(walk.reset_of(index)),
+        reset_(order.reset_of(index)),
         hidden_(layer_.sizes.hidden),
         gates_width_(gate_blocks(layer_.cell) * hidden_),
         w_(weights),
@@ -56,8 +59,8 @@ class TangentsOfDirection {
   // ---- along the time axis ----
 
   void forward() {
-    const int64_t rows = walk_.rows();
-    sums_ = zeros({rows, saved_blocks(layer_.cell) * hidden_});
+    const int64_t rows = order_.rows();
+    sums_ = zeros({rows, gradient_blocks(layer_.cell).count * hidden_});
     add_known_sums();
     h_prev_tangent_ = empty({rows, layer_.sizes.output});
     h_tangent_ = empty({rows, layer_.sizes.output});
@@ -75,9 +78,9 @@ class TangentsOfDirection {
         h_tangent_.zero_();
       }
     }
-    const StepProduct<S> through_w_hh(w_.w_hh.value, true);
+    const StepProduct<S> through_w_hh(isa_, w_.w_hh.value, true);
     StepProduct<S> through_w_hr;
-    if (layer_.sizes.projected) through_w_hr = StepProduct<S>(w_.w_hr.value, true);
+    if (layer_.sizes.projected) through_w_hr = StepProduct<S>(isa_, w_.w_hr.value, true);
     for (int64_t i = 0; i < schedule_.steps; ++i) {
       const int64_t t = reverse_ ? schedule_.steps - 1 - i : i;
       enter(t, h_tangent_, h0_.tangent, h_prev_tangent_);
@@ -102,7 +105,7 @@ class TangentsOfDirection {
 
   // dy, dh_n, dc_n of this direction, packed or sorted, and their tangents.
   void backward(const DualTensor& dy, const DualTensor& dh_n, const DualTensor& dc_n) {
-    const int64_t rows = walk_.rows(), batch = schedule_.batch, output = layer_.sizes.output;
+    const int64_t rows = order_.rows(), batch = schedule_.batch, output = layer_.sizes.output;
     dgates_ = empty({2, rows, sums_.size(1)});
     dh_ = stacked(dh_n, output);
     carry_ = zeros({2, batch, hidden_});
@@ -113,9 +116,9 @@ class TangentsOfDirection {
     at::Tensor dh_cell = projected ? empty({2 * batch, hidden_}) : dh_step;
     at::Tensor dgates_step = empty({2 * batch, sums_.size(1)});
     at::Tensor dh_prev = empty({2 * batch, output});
-    const StepProducts<S> through_w_hh(w_.w_hh, false);
+    const StepProducts<S> through_w_hh(isa_, w_.w_hh, false);
     std::optional<StepProducts<S>> through_w_hr;
-    if (projected) through_w_hr.emplace(w_.w_hr, false);
+    if (projected) through_w_hr.emplace(isa_, w_.w_hr, false);
     for (int64_t i = schedule_.steps - 1; i >= 0; --i) {
       const int64_t t = reverse_ ? schedule_.steps - 1 - i : i;
       const int64_t n = schedule_.rows[t], row0 = schedule_.row0[t];
@@ -152,8 +155,8 @@ class TangentsOfDirection {
       }
     }
   }
-  at::Tensor dh0() const { return walk_.unsorted(dh_[1]); }
-  at::Tensor dc0() const { return walk_.unsorted(carry_[1]); }
+  at::Tensor dh0() const { return order_.unsorted(dh_[1]); }
+  at::Tensor dc0() const { return order_.unsorted(carry_[1]); }
   at::Tensor dw_ih() const {
     at::Tensor dw = empty({gates_width_, layer_.sizes.input});
     for (const Piece& p : input_pieces()) {
@@ -231,7 +234,7 @@ class TangentsOfDirection {
     }
   }
   at::Tensor previous(const at::Tensor& states, const at::Tensor& start) const {
-    at::Tensor result = empty({walk_.rows(), states.size(1)});
+    at::Tensor result = empty({order_.rows(), states.size(1)});
     for (int64_t t = 0; t < schedule_.steps; ++t) enter(t, states, start, result);
     return result;
   }
@@ -247,7 +250,7 @@ class TangentsOfDirection {
                 data_of<S>(result) + begin * width);
       if (reverse_) break;  // every row ends at the first step
     }
-    return walk_.unsorted(result);
+    return order_.unsorted(result);
   }
 
   // dh of the step before from what came through W_hh, (2, rows of t, P); nothing passes a reset.
@@ -289,7 +292,7 @@ class TangentsOfDirection {
     const int64_t width = to.size(2), n = schedule_.rows[t];
     for (int of = 0; of < 2; ++of) {
       std::copy_n(read<S>(of_step) + of * n * width, n * width,
-                  data_of<S>(to) + (of * walk_.rows() + schedule_.row0[t]) * width);
+                  data_of<S>(to) + (of * order_.rows() + schedule_.row0[t]) * width);
     }
   }
 
@@ -301,7 +304,7 @@ class TangentsOfDirection {
   }
 
   template <class T>
-  static Rows<T> from(const Rows<T>& rows, int64_t first) {
+  static StridedRows<T> from(const StridedRows<T>& rows, int64_t first) {
     return {rows.data == nullptr ? nullptr : rows[first], rows.stride};
   }
   // From row `first` on of either half of (2, n, F), which lie one after the other.
@@ -336,7 +339,8 @@ class TangentsOfDirection {
                      [&](int64_t begin, int64_t end) { f(Range{begin, end}); });
   }
 
-  const Walk& walk_;
+  const Isa& isa_;
+  const RowOrder& order_;
   const Layer& layer_;
   const Schedule& schedule_;
   const KernelTable<S>& kernels_;
@@ -348,11 +352,11 @@ class TangentsOfDirection {
   const at::Tensor y_, gates_, cells_;     // packed
   at::Tensor h_prev_;                      // (N, P), where it is read
   at::Tensor c_prev_;                      // (N, H), LSTM
-  at::Tensor sums_;                        // (N, saved_blocks * H): tangents of pre-activations
+  at::Tensor sums_;                        // (N, gradient blocks * H): tangents of pre-activations
   at::Tensor h_prev_tangent_, h_tangent_;  // (N, P)
   at::Tensor c_prev_tangent_, c_tangent_;  // (N, H), LSTM
   at::Tensor h_tilde_, h_tilde_tangent_;   // (N, H), of a projection; else the latter is h_tangent_
-  at::Tensor dgates_;                      // (2, N, saved_blocks * H): of values and of tangents
+  at::Tensor dgates_;                      // (2, N, gradient blocks * H): of values and of tangents
   at::Tensor dh_steps_;                    // (2, N, P), of a projection
   at::Tensor dh_;                          // (2, B, P): what flows back
   at::Tensor carry_;                       // (2, B, H)

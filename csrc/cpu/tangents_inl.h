@@ -22,7 +22,7 @@ struct TangentUnits {
   FUSEDRNN_HD Dual<V> dual(const DualRows<T>& rows) const {
     return {at(rows.value[row]), at(rows.tangent[row])};
   }
-  FUSEDRNN_HD void put(const Rows<S>& rows, V v, int block = 0) const {
+  FUSEDRNN_HD void put(const StridedRows<S>& rows, V v, int block = 0) const {
     store(rows[row] + block * step.hidden + unit, v, left);
   }
   FUSEDRNN_HD void put(const DualRows<S>& rows, const Dual<V>& v, int block = 0) const {
@@ -39,7 +39,7 @@ struct TangentUnits {
 // r, z, n, W_hn h + b_hn of a GRU.
 template <class V>
 struct GruDuals {
-  Dual<V> r, z, n, h_n;
+  Dual<V> r, z, n, a_hn;
 };
 
 template <class S>
@@ -47,9 +47,9 @@ FUSEDRNN_HD GruDuals<Vec<S>> gru_duals(const TangentUnits<S>& u) {
   GruDuals<Vec<S>> d;
   d.r = sigmoid_at(u.saved(0), u.sum(0));
   d.z = sigmoid_at(u.saved(1), u.sum(1));
-  d.h_n = {u.saved(3), u.sum(2)};
-  const Dual<Vec<S>> x_n = {Vec<S>{}, u.sum(3)};  // its value does not matter
-  d.n = tanh_at(u.saved(2), gru_sum(x_n, d.r, d.h_n).tangent);
+  d.a_hn = {u.saved(3), u.sum(2)};
+  const Dual<Vec<S>> a_in = {Vec<S>{}, u.sum(3)};  // its value does not matter
+  d.n = tanh_at(u.saved(2), gru_sum(a_in, d.r, d.a_hn).tangent);
   return d;
 }
 
@@ -76,8 +76,7 @@ void tangents_forward(const TangentStep<S>& step) {
       const GruDuals<V> d = gru_duals(u);
       u.put(step.h_tangent, gru_output(d.n, d.z, u.dual(step.entering)).tangent);
     } else {
-      using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
-      u.put(step.h_tangent, Activation::backward(u.at(step.h[u.row]), u.sum(0)));
+      u.put(step.h_tangent, RnnActivation<kCell>::backward(u.at(step.h[u.row]), u.sum(0)));
     }
   });
 }
@@ -99,11 +98,11 @@ void tangents_backward(const TangentStepBack<S>& back) {
       u.put(back.carry, d.dc_prev);
     } else if constexpr (kCell == Cell::kGru) {
       const GruDuals<V> g = gru_duals(u);
-      const GruGradient<Dual<V>> d = gru_backward(g.r, g.z, g.n, g.h_n, u.dual(step.entering), dh);
+      const GruGradient<Dual<V>> d = gru_backward(g.r, g.z, g.n, g.a_hn, u.dual(step.entering), dh);
       u.put(back.dgates, d.da_r, 0);
       u.put(back.dgates, d.da_z, 1);
-      u.put(back.dgates, d.dh_n, 2);
-      u.put(back.dgates, d.dx_n, 3);
+      u.put(back.dgates, d.da_hn, 2);
+      u.put(back.dgates, d.da_in, 3);
       u.put(back.carry, d.dh_prev);
     } else {
       const V h = u.at(step.h[u.row]);

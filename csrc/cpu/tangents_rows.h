@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "cpu/ops_cpu.h"
+#include "cpu/tensors_cpu.h"
 #include "layer.h"
 #include "tangents.h"
 
@@ -18,9 +18,9 @@ struct DualTensor {
 
 // Where the rows of every step lie. "Packed" are tensors (N, .), "sorted" states (B, .), in the
 // schedule's order.
-class Walk {
+class RowOrder {
  public:
-  Walk(const Layer& layer, const LayerInputs& in)
+  RowOrder(const Layer& layer, const LayerInputs& in)
       : layer(layer), storage_(layer, in), schedule(storage_.view) {
     if (in.lengths) {  // rows of length 0 alone leave io_row empty
       io_row_ = at::tensor(storage_.io_row, at::kLong);
@@ -67,12 +67,12 @@ const S* read(const at::Tensor& t) {
   return static_cast<const S*>(t.const_data_ptr());
 }
 template <class S>
-Rows<S> rows_of(const at::Tensor& t) {
+StridedRows<S> rows_of(const at::Tensor& t) {
   if (!t.defined()) return {nullptr, 0};
   return {data_of<S>(t), t.stride(0)};
 }
 template <class S>
-Rows<const S> const_rows_of(const at::Tensor& t) {
+StridedRows<const S> const_rows_of(const at::Tensor& t) {
   if (!t.defined()) return {nullptr, 0};
   return {read<S>(t), t.stride(0)};
 }

@@ -69,8 +69,8 @@ struct Slot {
   int direction_begin, direction_end;
   int group, groups;
   int part, parts;
-  Arrivals* team;
-  Arrivals* group_parts;  // of this thread's group
+  Arrivals* team;         // (threads)
+  Arrivals* group_parts;  // (parts), of this thread's group
 
   void wait_team() const { wait_for_all(team, threads, thread); }
   void wait_parts() const { wait_for_all(group_parts, parts, part); }

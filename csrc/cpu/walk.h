@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/team.h"
+#include "isa_namespace.h"
 #include "recurrence.h"
 
 namespace fusedrnn {
@@ -48,7 +49,7 @@ bool sums_apart(const BackwardArgs<S, E>& args, const Slot& slot) {
 template <class S, class E>
 E* dgates_of_group(const BackwardArgs<S, E>& args, const BackwardDirection<S, E>& direction,
                    const Slot& slot) {
-  return direction.dgates + (sums_apart(args, slot) ? slot.group * args.dgates_apart : 0);
+  return direction.dgates + (sums_apart(args, slot) ? slot.group * args.dgates_group_stride : 0);
 }
 
 // Notes which of a chunk's rows those of `own` are, step after step; returns how many.
@@ -94,6 +95,17 @@ inline bool is_reset(const uint8_t* reset, const Schedule& schedule, int64_t t, 
 inline int64_t previous_row(const Schedule& schedule, bool reverse, int64_t t, int64_t b) {
   const int64_t before = reverse ? t + 1 : t - 1;
   return b < rows_at(schedule, before) ? schedule.row0[before] + b : -1;
+}
+
+// The state h that entered step t of sorted row b: (Pp) of the initial ones, (P) of the layer's
+// output; null after a reset, zeros.
+template <class S, class E>
+FUSEDRNN_HD const E* entering_h(const BackwardDirection<S, E>& direction, const Schedule& schedule,
+                                int64_t t, int64_t b, int64_t output_padded) {
+  if (is_reset(direction.reset, schedule, t, b)) return nullptr;
+  const int64_t before = previous_row(schedule, direction.reverse, t, b);
+  if (before < 0) return direction.h0 + b * output_padded;
+  return direction.y + io_row(schedule, before) * direction.y_stride;
 }
 
 }  // namespace fusedrnn

@@ -81,10 +81,9 @@ FUSEDRNN_HD UnitGradient<S> backward_unit(const SavedUnit<S>& s, S dh, S dc) {
   } else if constexpr (kCell == Cell::kGru) {
     const GruGradient<S> d =
         gru_backward<S>(s.gates[0], s.gates[1], s.gates[2], s.gates[3], s.h_prev, dh);
-    return {{d.dh_n, d.da_r, d.da_z, d.dx_n}, d.dh_prev, S(0), S(0)};
+    return {{d.da_hn, d.da_r, d.da_z, d.da_in}, d.dh_prev, S(0), S(0)};
   } else {
-    using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
-    return {{Activation::backward(s.h, dh)}, S(0), S(0), S(0)};
+    return {{RnnActivation<kCell>::backward(s.h, dh)}, S(0), S(0), S(0)};
   }
 }
 

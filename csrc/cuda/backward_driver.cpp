@@ -48,8 +48,8 @@ class BackwardRun {
       h_tilde_ = at::empty({rows, sizes_.hidden}, kept);
       dh_hidden_ = at::empty({layer.batch, sizes_.hidden}, exact_);
     }
-    if (any_param(1)) previous_ = at::empty({sides, rows, sizes_.output}, kept);
-    if (any_param(0) && walk_.lengths() != nullptr) {
+    if (any_wanted(Param::kWhh)) previous_ = at::empty({sides, rows, sizes_.output}, kept);
+    if (any_wanted(Param::kWih) && walk_.lengths() != nullptr) {
       valid_x_ = at::empty({rows, sizes_.input}, kept);
     }
     if (out.dx.defined()) {
@@ -100,7 +100,7 @@ class BackwardRun {
       }
     };
     Walker w{d,
-             param(d, 0),
+             param(d, Param::kWih),
              recurrent_weight(d),
              {},
              own(dgates_),
@@ -108,15 +108,15 @@ class BackwardRun {
              own(direct_),
              own(dc_),
              parts_.of[d],
-             sum_like(d, 0),
-             sum_like(d, 1),
+             sum_like(d, Param::kWih),
+             sum_like(d, Param::kWhh),
              {},
              {}};
     if (sizes_.projected) {
-      w.w_hr = param(d, layer_.w_hr_index());
-      w.dw_hr = sum_like(d, layer_.w_hr_index());
+      w.w_hr = param(d, Param::kWhr);
+      w.dw_hr = sum_like(d, Param::kWhr);
     }
-    if (layer_.has_biases && (wants(d, 2) || wants(d, 3))) w.db = sum({width_});
+    if (layer_.has_biases && (wants(d, Param::kBih) || wants(d, Param::kBhh))) w.db = sum({width_});
     fill(w.direct, in_.dh_n);
     if (w.dc.defined()) fill(w.dc, in_.dc_n);
     return w;
@@ -140,24 +140,26 @@ class BackwardRun {
   void finish(Walker& w) const {
     const int d = w.d;
     put_initial(w);
-    if (w.dw_ih.wanted()) result(d, 0).copy_(w.dw_ih.total());
-    if (w.dw_hr.wanted()) result(d, layer_.w_hr_index()).copy_(w.dw_hr.total());
-    if (w.dw_hh.wanted()) from_hidden_order(result(d, 1), w.dw_hh.total());
-    if (w.db.wanted() && wants(d, 2)) {
+    if (w.dw_ih.wanted()) result(d, Param::kWih).copy_(w.dw_ih.total());
+    if (w.dw_hr.wanted()) result(d, Param::kWhr).copy_(w.dw_hr.total());
+    if (w.dw_hh.wanted()) from_hidden_order(result(d, Param::kWhh), w.dw_hh.total());
+    if (w.db.wanted() && wants(d, Param::kBih)) {
       const int64_t columns = blocks_.gates * sizes_.hidden;
-      result(d, 2).copy_(w.db.total().narrow(0, width_ - columns, columns));
+      result(d, Param::kBih).copy_(w.db.total().narrow(0, width_ - columns, columns));
     }
-    if (w.db.wanted() && wants(d, 3)) from_hidden_order(result(d, 3), w.db.total());
+    if (w.db.wanted() && wants(d, Param::kBhh))
+      from_hidden_order(result(d, Param::kBhh), w.db.total());
   }
 
-  int index(int d, int param) const { return d * layer_.params_per_direction + param; }
-  at::Tensor param(int d, int i) const { return layer_.param(in_.layer.params, d, i).contiguous(); }
-  at::Tensor result(int d, int i) const { return out_.dparams[index(d, i)]; }
-  bool wants(int d, int i) const { return result(d, i).defined(); }
-  bool any_param(int i) const { return wants(0, i) || (layer_.directions == 2 && wants(1, i)); }
+  at::Tensor param(int d, Param p) const {
+    return layer_.param(in_.layer.params, d, p).contiguous();
+  }
+  at::Tensor result(int d, Param p) const { return out_.dparams[layer_.index_of(d, p)]; }
+  bool wants(int d, Param p) const { return result(d, p).defined(); }
+  bool any_wanted(Param p) const { return wants(0, p) || (layer_.directions == 2 && wants(1, p)); }
 
   Sum sum(at::IntArrayRef shape) const { return Sum(shape, exact_, parts_.of[0].size() > 1); }
-  Sum sum_like(int d, int i) const { return wants(d, i) ? sum(result(d, i).sizes()) : Sum(); }
+  Sum sum_like(int d, Param p) const { return wants(d, p) ? sum(result(d, p).sizes()) : Sum(); }
 
   // The hidden side is the first blocks of dgates, the input side the last (gradient_blocks).
   at::Tensor hidden_side(const at::Tensor& dgates) const {
@@ -185,7 +187,7 @@ class BackwardRun {
 
   // As the kernels of the strategy want it: its gates in the order of the hidden side.
   at::Tensor recurrent_weight(int d) const {
-    const at::Tensor w_hh = hidden_order(param(d, 1));
+    const at::Tensor w_hh = hidden_order(param(d, Param::kWhh));
     if (how_.strategy == Strategy::kPerStep) return w_hh;
     const int64_t hidden = sizes_.hidden;
     return kept_weight(how_.strategy,
@@ -255,10 +257,10 @@ class BackwardRun {
     ForwardSaved<E> s{};
     s.hidden = hidden;
     s.y_stride = layer_.directions * sizes_.output;
-    s.gates_stride = layer_.directions * layer_.saved_width();
+    s.gates_stride = layer_.directions * layer_.saved_stride();
     s.cells_stride = layer_.directions * units;
     s.hidden_padded = units;
-    s.gates = const_values_of<E>(gates_, d * layer_.saved_width());
+    s.gates = const_values_of<E>(gates_, d * layer_.saved_stride());
     if (has_cell_state(layer_.cell)) {
       s.cells = const_values_of<S>(cells_, d * units);
       s.c0 = const_values_of<E>(c0_, d * layer_.batch * hidden);

@@ -52,8 +52,7 @@ FUSEDRNN_HD UnitStep<S> forward_unit(const S (&input)[gate_blocks(kCell)],
     const GruState<S> g = gru_state(a.a_n, a.z, state);
     return {{a.r, a.z, g.n, hidden[2]}, {g.h, g.h}};
   } else {
-    using Activation = std::conditional_t<kCell == Cell::kRnnTanh, Tanh, Relu>;
-    return {{}, {Activation::forward(input[0] + hidden[0]), S(0)}};
+    return {{}, {RnnActivation<kCell>::forward(input[0] + hidden[0]), S(0)}};
   }
 }
 

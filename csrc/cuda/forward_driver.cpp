@@ -83,13 +83,13 @@ class ForwardRun {
   }
 
   Parameters parameters(int d) const {
-    const auto param = [&](int i) { return layer_.param(in_.params, d, i).contiguous(); };
-    Parameters p{param(0), param(1), {}, {}, {}};
+    const auto param = [&](Param p) { return layer_.param(in_.params, d, p).contiguous(); };
+    Parameters p{param(Param::kWih), param(Param::kWhh), {}, {}, {}};
     if (layer_.has_biases) {
-      p.b_ih = param(2);
-      p.b_hh = param(3);
+      p.b_ih = param(Param::kBih);
+      p.b_hh = param(Param::kBhh);
     }
-    if (sizes_.projected) p.w_hr = param(layer_.w_hr_index());
+    if (sizes_.projected) p.w_hr = param(Param::kWhr);
     if (how_.strategy != Strategy::kPerStep) {
       const int64_t hidden = sizes_.hidden;
       p.w_hh =
@@ -186,11 +186,11 @@ class ForwardRun {
     const int64_t units = sizes_.hidden_padded();
     ForwardResults<E> r{};
     r.y_stride = layer_.directions * sizes_.output;
-    r.gates_stride = layer_.directions * layer_.saved_width();
+    r.gates_stride = layer_.directions * layer_.saved_stride();
     r.cells_stride = layer_.directions * units;
     r.hidden_padded = units;
     if (!sizes_.projected) r.y = values_of<E>(out_.y, d * sizes_.output);
-    if (out_.gates.numel() > 0) r.gates = values_of<E>(out_.gates, d * layer_.saved_width());
+    if (out_.gates.numel() > 0) r.gates = values_of<E>(out_.gates, d * layer_.saved_stride());
     if (out_.cells.numel() > 0) r.cells = values_of<S>(out_.cells, d * units);
     return r;
   }
@@ -242,7 +242,7 @@ ForwardResult forward_on_device(const Layer& layer, const LayerInputs& in, bool 
   out.y = layer.one_step ? out.h_n : at::empty(layer.y_shape(), options);
   out.c_n = lstm ? at::empty(layer.state_shape(sizes.hidden), options) : at::empty({0}, options);
   const int64_t blocks = saved_blocks(layer.cell);
-  out.gates = saved(save && blocks > 1, blocks * sizes.hidden, layer.saved_width(), options);
+  out.gates = saved(save && blocks > 1, blocks * sizes.hidden, layer.saved_stride(), options);
   out.cells = saved(save && lstm, sizes.hidden, units, options.dtype(layer.accumulate));
   with_storage(layer, [&]<class E>() { ForwardRun<E>(layer, in, out).run(); });
   if (layer.one_step) out.y = at::empty({0}, options);

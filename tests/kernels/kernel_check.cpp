@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/plan.h"
+#include "cpu/team.h"
 #include "problem.h"
 #include "rooms.h"
 
@@ -203,8 +203,8 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   if constexpr (narrow) {
     f.x_half = x.data();
     f.y_half = y.data();
-    f.gates_apart = pairs * width;
-    f.gates = rooms.take<S>(c.plan.threads() * f.gates_apart);
+    f.gates_thread_stride = pairs * width;
+    f.gates = rooms.take<S>(c.plan.threads() * f.gates_thread_stride);
     f.saved_stride = width;
     forward.words_stride = pairs * words_of<E>(padded(std::max({c.input, H, P})));
     forward.words = rooms.take<W>(c.plan.threads() * forward.words_stride);
@@ -243,7 +243,7 @@ void check(const Case& c, const Problem& p, const Expected& want) {
     }
   }
 
-  if (saved_blocks(c.cell) > 1 && joined == 0 && f.packed.recurrent != nullptr) {
+  if (keeps_gates(c.cell) && joined == 0 && f.packed.recurrent != nullptr) {
     check_known<S, E>(c, p, forward, y, saved, cells);
   }
 
@@ -269,8 +269,8 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   backward.rows_stride = c.batch;
   backward.previous = previous.data();
   backward.apart_groups = c.reset != c.reverse ? c.plan.groups : 1;
-  backward.apart_stride = padded(GradientSizes(c.cell, p.sizes).all());
-  backward.dgates_apart = pairs * width;
+  backward.group_gradients_stride = padded(GradientSizes(c.cell, p.sizes).all());
+  backward.dgates_group_stride = pairs * width;
   std::vector<int64_t> summed_rows(pairs);
   std::vector<int> begun(c.plan.groups);
   backward.group_rows = summed_rows.data();
@@ -298,7 +298,7 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   d.h0 = h0.data();
   d.c0 = c0.data();
   d.dh_n = dh_n.data();
-  d.dgates = rooms.take<E>(backward.apart_groups * backward.dgates_apart);
+  d.dgates = rooms.take<E>(backward.apart_groups * backward.dgates_group_stride);
   d.dgates_stride = width;
   d.dgates_next = rooms.take<E>(c.batch * width);
   d.carry = carry.data();
@@ -309,10 +309,10 @@ void check(const Case& c, const Problem& p, const Expected& want) {
   }
   d.dh0 = dh0.data();
   if (c.cell == Cell::kLstm) d.dc0 = dc0.data();
-  const int64_t apart = (backward.apart_groups - 1) * backward.apart_stride;
-  d.apart = rooms.take<S>(apart);
-  std::fill(d.apart, d.apart + apart, nan);
-  d.begun = begun.data();
+  const int64_t apart = (backward.apart_groups - 1) * backward.group_gradients_stride;
+  d.group_gradients = rooms.take<S>(apart);
+  std::fill(d.group_gradients, d.group_gradients + apart, nan);
+  d.group_has_sum = begun.data();
   d.results.dw_ih = dw_ih.data();
   d.results.dw_hh = dw_hh.data();
   d.results.db_ih = db_ih.data();
@@ -335,54 +335,6 @@ void check(const Case& c, const Problem& p, const Expected& want) {
     expect_close<E>(kGradients[k].name, c, some, expected, kDifference<E>);
   }
   if (!rooms.untouched()) fail("scratch overrun", sizeof(E), c, 0);
-}
-
-// Plans that depend on the distance of threads share units alone, and the farther these are, the
-// fewer they use.
-void check_plans() {
-  int hang = 0;
-  for (Cell cell : {Cell::kLstm, Cell::kGru, Cell::kRnnTanh}) {
-    for (int64_t hidden : {16, 32, 64, 128, 256, 512}) {
-      for (int64_t batch : {1, 2, 3, 4, 8, 64}) {
-        for (int64_t steps : {1, 2, 20, 100}) {
-          for (int directions : {1, 2}) {
-            for (int products : {1, 3}) {
-              for (int threads : {1, 2, 3, 4, 16}) {
-                Workload work = {cell,
-                                 {hidden, hidden, hidden, false},
-                                 directions,
-                                 batch,
-                                 steps * batch,
-                                 4,
-                                 4,
-                                 products};
-                const bool hangs = depends_on_distance(work, threads);
-                hang += hangs;
-                int parts = kMaxThreads;
-                for (Distance d : {Distance::kNear, Distance::kUnknown, Distance::kFar}) {
-                  work.distance = d;
-                  const Plan plan = plan_team(work, threads);
-                  const bool right =
-                      !hangs || (plan.groups == 1 && plan.directions == 1 && plan.parts <= parts);
-                  if (!right || plan.threads() > threads) {
-                    ++failures;
-                    std::printf("plan: cell %d B %ld H %ld T %ld threads %d distance %d\n",
-                                static_cast<int>(cell), long(batch), long(hidden), long(steps),
-                                threads, static_cast<int>(d));
-                  }
-                  parts = plan.parts;
-                }
-              }
-            }
-          }
-        }
-      }
-    }
-  }
-  if (hang == 0) {
-    ++failures;
-    std::printf("no plan depends on the distance of threads\n");
-  }
 }
 
 // Whether a plainer set has the same kernels of float and double, and those have been checked
@@ -453,7 +405,6 @@ int main(int argc, char** argv) {
       check_types({cell, 17, 64, 176, 176, std::vector<int64_t>(17, 1), false, false, plan, 2});
     }
   }
-  check_plans();
   std::printf("%s: %d cases, %d failures\n", current_isa().name, cases, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -69,7 +69,7 @@ void check_step(Cell cell, int64_t rows, int64_t hidden) {
   const Pair<S> carried = carry;
   std::vector<S> c_tangent(rows * hidden), h_tangent = after.tangent;
 
-  const Rows<const S> state = after.in().value;
+  const StridedRows<const S> state = after.in().value;
   TangentStep<S> step = {
       rows,          hidden, {gates.data(), blocks * block}, block, {sums.data(), blocks * hidden},
       entering.in(), state,  {c_tangent.data(), hidden},     state, {h_tangent.data(), hidden}};
@@ -113,11 +113,11 @@ void check_step(Cell cell, int64_t rows, int64_t hidden) {
       } else if (cell == Cell::kGru) {
         const D r = generic::sigmoid_at(saved(0), sum(0)),
                 z = generic::sigmoid_at(saved(1), sum(1));
-        const D h_n = {saved(3), sum(2)};
-        const D n = generic::tanh_at(saved(2), generic::gru_sum(D{0, sum(3)}, r, h_n).tangent);
+        const D a_hn = {saved(3), sum(2)};
+        const D n = generic::tanh_at(saved(2), generic::gru_sum(D{0, sum(3)}, r, a_hn).tangent);
         same("tangent of h", h_tangent, generic::gru_output(n, z, prev).tangent);
-        const auto d = generic::gru_backward(r, z, n, h_n, prev, gradient);
-        same_gates({d.da_r, d.da_z, d.dh_n, d.dx_n});
+        const auto d = generic::gru_backward(r, z, n, a_hn, prev, gradient);
+        same_gates({d.da_r, d.da_z, d.da_hn, d.da_in});
         same_carry(d.dh_prev);
       } else if (cell == Cell::kRnnTanh) {
         same("tangent of h", h_tangent, generic::Tanh::backward(now.value, sum(0)));
