@@ -86,6 +86,9 @@ class Stream:
 def empty_cache() -> None:
     """Give the memory that is kept for the next calls back to the system."""
 
+segment_rows: int
+"""About how many (step, row) pairs a segment of ``recompute`` has."""
+
 unit_alignment: int
 """Hidden units of saved tensors are rounded up to a multiple of this."""
 

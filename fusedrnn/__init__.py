@@ -2,7 +2,8 @@
 
 ``fusedrnn.RNN``, ``LSTM``, ``GRU`` and their cells take the place of ``torch.nn``'s;
 ``fusedrnn.convert(model)`` swaps those inside a model. Beyond torch.nn: ``lengths`` and ``reset``
-in the kernel, double backward, ``torch.func``, ``torch.compile(fullgraph=True)``.
+in the kernel, ``torch.compile(fullgraph=True)``, ``recompute``; double backward, forward mode and
+``torch.func`` for every module.
 ``fusedrnn.models`` builds encoders, attention and decoders on them.
 """
 
