@@ -2,8 +2,8 @@
 
 ``fusedrnn::layer_forward``, ``fusedrnn::layer_backward`` and ``fusedrnn::layer_tangents`` work on
 one layer with all its directions; their schemas and kernels live in ``csrc``, their batching rules
-in ``_batching.py``. Here are their fake kernels: shapes without data, for ``torch.compile`` and
-``torch.export``.
+in ``_batching.py``, their numbers of operations in ``_flops.py``. Here are their fake kernels:
+shapes without data, for ``torch.compile`` and ``torch.export``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn._batching import register_rules
+from fusedrnn._flops import register_formulas
 from fusedrnn.reference import GATES
 
 try:
@@ -129,3 +130,4 @@ def _layer_tangents_fake(
 
 
 register_rules(layer_forward, layer_backward, layer_tangents)
+register_formulas(torch.ops.fusedrnn)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 import oracle
@@ -327,3 +328,33 @@ def test_eager_calls_pass_through_the_dispatcher() -> None:
         y.sum().backward()
         assert isinstance(y, FakeTensor)
         assert isinstance(fake.weight_hh_l0.grad, FakeTensor)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", ["GRU", "RNN", "GRUCell", "RNNCell", "LSTMCell"])
+def test_flops_are_counted_as_torchs(name: str, train: bool) -> None:
+    """Where torch.nn's are counted: oneDNN's LSTM is not."""
+    cell = name.endswith("Cell")
+    options = {} if cell else {"num_layers": 2, "bidirectional": True}
+    counts = []
+    for library in (torch.nn, fusedrnn):
+        net = getattr(library, name)(3, 4, **options)
+        x = torch.randn(2, 3) if cell else torch.randn(5, 2, 3)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+            output = oracle.tensors(net(x))[0]
+            if train:
+                output.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_flops_of_second_derivatives_are_counted() -> None:
+    params = list(fusedrnn.LSTM(3, 4, proj_size=2).parameters())
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y, _ = fusedrnn.functional.lstm(x, None, params)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        first = counter.get_total_flops()
+        torch.autograd.grad(dx.square().sum(), x)
+    assert first > 0
+    assert counter.get_total_flops() > 2 * first
