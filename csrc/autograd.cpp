@@ -226,7 +226,8 @@ bool suits(const OptionalTensor& t, at::IntArrayRef shape, const at::Tensor& x) 
 // made without gradients.
 bool records(const LayerInputs& in) {
   const auto requires_grad = [](const at::Tensor& t) { return t.requires_grad(); };
-  return at::GradMode::is_enabled() && !torch::jit::tracer::isTracing() &&
+  return at::GradMode::is_enabled() && !c10::InferenceMode::is_enabled() &&
+         !torch::jit::tracer::isTracing() &&
          (std::any_of(in.params.begin(), in.params.end(), requires_grad) || requires_grad(in.x) ||
           (in.h0 && requires_grad(*in.h0)) || (in.c0 && requires_grad(*in.c0)));
 }

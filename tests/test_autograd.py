@@ -249,3 +249,32 @@ def test_a_trace_in_another_thread_changes_no_gradient(monkeypatch: pytest.Monke
         lambda v: torch.autograd.grad(gru(v)[0].sum(), v, create_graph=True)[0].square().sum(), x
     )
     torch.testing.assert_close(second_order(), expected)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_hooks_may_give_saved_tensors_back_in_other_strides(name: str, recompute: bool) -> None:
+    """The same values: the same gradients, first and second ones."""
+    net = getattr(fusedrnn, name)(3, 16, bidirectional=True, recompute=recompute).double()
+    x = torch.randn(300, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def turned(t: Tensor) -> Tensor:
+        return t.mT.contiguous().mT if t.dim() > 1 else t
+
+    found = []
+    for pack in (lambda t: t, turned):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y, _ = net(x)
+        first = torch.autograd.grad(y.sin().sum(), [x, net.weight_hh_l0], create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), net.weight_hh_l0)
+        found.append([*(g.detach() for g in first), *second])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "GRUCell"])
+def test_grad_mode_inside_inference_mode(name: str) -> None:
+    net = getattr(fusedrnn, name)(3, 4)
+    with torch.inference_mode(), torch.enable_grad():
+        y = oracle.tensors(net(torch.randn(5, 3)))[0]
+    assert y.is_inference()
+    assert not y.requires_grad

@@ -29,7 +29,8 @@ class Recompute {
         work_(work),
         hidden_(layer_.sizes.hidden_padded()),
         stride_(row_stride<E>(saved_blocks(layer_.cell) * hidden_)),
-        between_(has_cell_state(layer_.cell) ? in.cells.const_data_ptr<S>() : nullptr) {
+        cells_between_(has_cell_state(layer_.cell) ? Values<S>(in.cells) : Values<S>()),
+        between_(cells_between_.data()) {
     args_.sizes = layer_.sizes;
     args_.schedule = storage.view;
     args_.directions = layer_.directions;
@@ -170,6 +171,7 @@ class Recompute {
   const Workload work_;
   const int64_t hidden_;    // padded
   const int64_t stride_;    // of a row of gates as backward reads them
+  const Values<S> cells_between_;
   const S* const between_;  // (segments - 1, B, D, Hp): cell states between segments
   WeightValues<S, E> weights_[2];
   ForwardArgs<S, Word<E>> args_{};

@@ -84,6 +84,12 @@ Results run(const Isa& isa, const Layer& layer, const BackwardInputs& in,
   const auto packed = [&](const at::Tensor& t) { return order.packed(t); };
   const DualTensor x = {packed(in.layer.x), each(tangents.of_inputs[0], packed)};
 
+  // Hooks of saved tensors may give them back in other strides; the kernels' rows are dense.
+  const auto dense_rows = [](const at::Tensor& t) {
+    return t.dim() == 0 || t.stride(-1) == 1 ? t : t.contiguous();
+  };
+  const at::Tensor gates = dense_rows(in.gates), cells = dense_rows(in.cells);
+
   const bool goes_back = std::any_of(mask.begin(), mask.end(), [](bool wanted) { return wanted; });
 
   std::vector<TangentsOfDirection<S>> directions;
@@ -109,8 +115,8 @@ Results run(const Isa& isa, const Layer& layer, const BackwardInputs& in,
         DualTensor{each(in.layer.h0, state), each(tangents.of_inputs[1], state)},
         DualTensor{each(in.layer.c0, state), each(tangents.of_inputs[2], state)},
         packed(in.y.narrow(-1, d * output, output)),
-        keeps_gates(layer.cell) ? saved(in.gates, in.gates.size(2)) : at::Tensor(),
-        has_cell_state(layer.cell) ? saved(in.cells, layer.sizes.hidden) : at::Tensor(), goes_back);
+        keeps_gates(layer.cell) ? saved(gates, gates.size(2)) : at::Tensor(),
+        has_cell_state(layer.cell) ? saved(cells, layer.sizes.hidden) : at::Tensor(), goes_back);
     directions.back().forward();
   }
 
