@@ -169,8 +169,8 @@ class Recompute {
   void (*const kernel_)(const ForwardArgs<S, Word<E>>&, const Slot&);
   const std::vector<int64_t>& bounds_;
   const Workload work_;
-  const int64_t hidden_;    // padded
-  const int64_t stride_;    // of a row of gates as backward reads them
+  const int64_t hidden_;  // padded
+  const int64_t stride_;  // of a row of gates as backward reads them
   const Values<S> cells_between_;
   const S* const between_;  // (segments - 1, B, D, Hp): cell states between segments
   WeightValues<S, E> weights_[2];
