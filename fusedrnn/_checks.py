@@ -21,6 +21,7 @@ __all__ = [
     "check_params",
     "check_reset",
     "check_state",
+    "layer_shapes",
     "mode_of",
     "rnn_mode",
 ]
@@ -151,8 +152,8 @@ def check_params(
     for index, param in enumerate(params):
         layer, place = index // (per_direction * directions), index % per_direction
         columns = input_size if layer == 0 else state_size * directions
-        shapes = [(gate_rows, columns), (gate_rows, state_size)]
-        shapes += [(gate_rows,)] * (2 * bool(has_biases)) + [(state_size, hidden_size)] * projected
+        weights, biases, projection = layer_shapes(mode, columns, hidden_size, state_size)
+        shapes = [*weights, *(biases if has_biases else ()), projection]
         if param.shape != shapes[place]:
             raise ValueError(
                 f"params[{index}] must have shape {shapes[place]}, got {tuple(param.shape)}"
@@ -162,6 +163,15 @@ def check_params(
                 f"params[{index}] must have dtype {params[0].dtype} on {params[0].device}, as "
                 f"params[0], got {param.dtype} on {param.device}"
             )
+
+
+def layer_shapes(
+    mode: str, input_size: int, hidden_size: int, state_size: int
+) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int], ...], tuple[int, int]]:
+    """The shapes of w_ih and w_hh, of b_ih and b_hh, and of w_hr, of one direction of a layer."""
+    rows = GATES[mode] * hidden_size
+    weights = (rows, input_size), (rows, state_size)
+    return weights, ((rows,), (rows,)), (state_size, hidden_size)
 
 
 def mode_of(module: nn.RNNBase | nn.RNNCellBase) -> str:

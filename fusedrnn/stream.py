@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusedrnn._checks import mode_of
+from fusedrnn._checks import layer_shapes, mode_of
 from fusedrnn._ops import _C
 from fusedrnn.cells import CELL_PARAMETERS, GRUCell, LSTMCell, RNNCell
 from fusedrnn.modules import GRU, LSTM, RNN
@@ -18,6 +18,7 @@ __all__ = ["Stream"]
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 
+_PARAMETERS = (*CELL_PARAMETERS, "weight_hr")
 _FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 # What a module may do when it is called: all else a stream would leave out.
 _FORWARDS = {
@@ -205,14 +206,13 @@ def _check_shapes(params: list[tuple[str, list[Tensor | None]]]) -> None:
         if w_ih is None or w_hh is None or w_ih.dim() != 2 or w_hh.dim() != 2:
             raise ValueError(f"module: expected matrices weight_ih and weight_hh in layer {layer}")
         hidden = w_ih.shape[0] // GATES[mode]
-        rows, state = GATES[mode] * hidden, hidden if w_hr is None else w_hh.shape[1]
+        state = hidden if w_hr is None else w_hh.shape[1]
         if hidden == 0 or state == 0:
             raise ValueError(f"module: expected a hidden_size of at least 1 in layer {layer}")
         columns = w_ih.shape[1] if inputs is None else inputs
-        expected = [(rows, columns), (rows, state), (rows,), (rows,), (state, hidden)]
-        for name, tensor, shape in zip(
-            (*CELL_PARAMETERS, "weight_hr"), tensors, expected, strict=True
-        ):
+        weights, biases, projection = layer_shapes(mode, columns, hidden, state)
+        expected = (*weights, *biases, projection)
+        for name, tensor, shape in zip(_PARAMETERS, tensors, expected, strict=True):
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(
                     f"module: expected {name} of shape {shape} in layer {layer}, got "
@@ -254,9 +254,8 @@ def _layers_of(module: nn.Module) -> list[tuple[str, list[Tensor | None]]]:
                 "module is bidirectional: its reverse direction begins at the end of a sequence, "
                 "which a stream does not know"
             )
-        names = (*CELL_PARAMETERS, "weight_hr")
         return [
-            (module.mode, [_weight(module, f"{name}_l{layer}") for name in names])
+            (module.mode, [_weight(module, f"{name}_l{layer}") for name in _PARAMETERS])
             for layer in range(module.num_layers)
         ]
     if isinstance(module, nn.LSTMCell | nn.GRUCell | nn.RNNCell):

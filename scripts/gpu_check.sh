@@ -13,7 +13,7 @@
 # Exit code: 0 where all steps that ran did so with 0.
 set -u
 cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$1
 shift
 wanted=" ${*:-build probe tests sanitizer compare cudnn} "

@@ -220,3 +220,12 @@ def test_when_no_time_is_left(house: Path) -> None:
     assert code == 1
     assert summary["cudnn"].startswith("exit code 124 2 s ")
     assert summary["compare"] == "skipped 0 s no time is left"
+
+
+def test_the_usage_is_the_whole_head(house: Path) -> None:
+    script = house / "scripts" / "gpu_check.sh"
+    run = subprocess.run(["bash", script], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith("All checks and measurements")
+    assert lines[-1].startswith("Exit code: 0")

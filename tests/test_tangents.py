@@ -8,6 +8,7 @@ everyday second derivative takes the slow way.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -266,6 +267,24 @@ def test_the_callers_denormals_survive(count: int) -> None:
         with pytest.raises(ValueError, match="tangents"):
             problem.found()
         assert denormals_survive()
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("hidden", [18, 100, 700])
+def test_the_denormals_of_a_team_that_begins_here_survive(hidden: int, count: int) -> None:
+    # A thread begins with the mode of the one that starts it: here, where a caller's very first
+    # team is the one of a product within the operator.
+    problem, survived = Problem("LSTM", hidden=hidden), []
+
+    def caller() -> None:
+        with oracle.num_threads(count):
+            problem.found()
+            survived.append(denormals_survive())
+
+    thread = threading.Thread(target=caller)
+    thread.start()
+    thread.join()
+    assert survived == [True]
 
 
 def test_autocast_changes_nothing() -> None:

@@ -68,7 +68,7 @@ class BackwardRun {
     for (int d = 0; d < layer_.directions; ++d) describe(d, storage, out);
     allocate();
     fill_states();
-    if (recomputes_) recompute_.emplace(call, storage, in, work_, bounds_);
+    if (recomputes_) recompute_.emplace(call, storage, in.layer, cells_.data(), work_, bounds_);
   }
 
   void run() {

@@ -19,18 +19,18 @@ namespace fusedrnn {
 template <class S, class E>
 class Recompute {
  public:
-  // A backward call over the chunks between `bounds`, which are forward's segments; to be kept as
-  // long as this.
-  Recompute(const CpuCall& call, const ScheduleStorage& storage, const BackwardInputs& in,
-            const Workload& work, const std::vector<int64_t>& bounds)
+  // A backward call over the chunks between `bounds`, which are forward's segments; cells:
+  // (segments - 1, B, D, Hp), of an LSTM, the cell states between them. Both to be kept as long as
+  // this.
+  Recompute(const CpuCall& call, const ScheduleStorage& storage, const LayerInputs& in,
+            const S* cells, const Workload& work, const std::vector<int64_t>& bounds)
       : layer_(call.layer),
         kernel_(call.isa.table<S, E>().forward[static_cast<int>(layer_.cell)]),
         bounds_(bounds),
         work_(work),
         hidden_(layer_.sizes.hidden_padded()),
         stride_(row_stride<E>(saved_blocks(layer_.cell) * hidden_)),
-        cells_between_(has_cell_state(layer_.cell) ? Values<S>(in.cells) : Values<S>()),
-        between_(cells_between_.data()) {
+        between_(cells) {
     args_.sizes = layer_.sizes;
     args_.schedule = storage.view;
     args_.directions = layer_.directions;
@@ -43,14 +43,14 @@ class Recompute {
     if constexpr (kNarrow) want_words(scratch_, threads, most_rows, kWordValues<E>, args_);
     for (int d = 0; d < layer_.directions; ++d) {
       ForwardDirection<S, Word<E>>& dir = args_.direction[d];
-      weights_[d] = WeightValues<S, E>(layer_, in.layer.params, d, /*biases=*/true);
+      weights_[d] = WeightValues<S, E>(layer_, in.params, d, /*biases=*/true);
       dir.reverse = d == 1;
       dir.weights = weights_[d].view();
       dir.reset = storage.reset_of(d);
       want_scratch(d, most_rows, threads);
     }
     scratch_.allocate();
-    fill_states(in.layer);
+    fill_states(in);
   }
 
   // For the chunks that the directions are about to walk back: tells them where gates and cells
@@ -169,10 +169,9 @@ class Recompute {
   void (*const kernel_)(const ForwardArgs<S, Word<E>>&, const Slot&);
   const std::vector<int64_t>& bounds_;
   const Workload work_;
-  const int64_t hidden_;  // padded
-  const int64_t stride_;  // of a row of gates as backward reads them
-  const Values<S> cells_between_;
-  const S* const between_;  // (segments - 1, B, D, Hp): cell states between segments
+  const int64_t hidden_;    // padded
+  const int64_t stride_;    // of a row of gates as backward reads them
+  const S* const between_;  // cells
   WeightValues<S, E> weights_[2];
   ForwardArgs<S, Word<E>> args_{};
   Scratch scratch_;

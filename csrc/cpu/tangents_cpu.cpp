@@ -16,7 +16,8 @@ namespace {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-// Denormals flushed on this thread, or on all of torch's team, which ATen's products use.
+// Denormals flushed on all of torch's team, which ATen's products use. On all of it however little
+// there is to do: a thread that a product starts would begin with its caller's mode, and keep it.
 class FlushDenormalsOfTeam {
  public:
   explicit FlushDenormalsOfTeam(int threads) : flushed_(threads) {
@@ -85,10 +86,7 @@ Results run(const Isa& isa, const Layer& layer, const BackwardInputs& in,
   const DualTensor x = {packed(in.layer.x), each(tangents.of_inputs[0], packed)};
 
   // Hooks of saved tensors may give them back in other strides; the kernels' rows are dense.
-  const auto dense_rows = [](const at::Tensor& t) {
-    return t.dim() == 0 || t.stride(-1) == 1 ? t : t.contiguous();
-  };
-  const at::Tensor gates = dense_rows(in.gates), cells = dense_rows(in.cells);
+  const at::Tensor gates = in.gates.contiguous(), cells = in.cells.contiguous();
 
   const bool goes_back = std::any_of(mask.begin(), mask.end(), [](bool wanted) { return wanted; });
 
@@ -189,9 +187,7 @@ Results layer_tangents(const std::string& mode, const OptionalTensor& dy,
   check_backward(layer, saved, output_mask, /*may_recompute=*/false);
   const TangentInputs given(layer, saved, tangents, gradient_tangents);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const int64_t products = layer.rows * gate_blocks(layer.cell) * layer.sizes.hidden *
-                           (layer.sizes.input + layer.sizes.output);
-  const FlushDenormalsOfTeam flush(products < kProductsOfAThread ? 1 : at::get_num_threads());
+  const FlushDenormalsOfTeam flush(at::get_num_threads());
   const Isa& isa = current_isa();
   return layer.dtype == at::kDouble ? run<double>(isa, layer, saved, given, output_mask)
                                     : run<float>(isa, layer, saved, given, output_mask);
